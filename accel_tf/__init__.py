@@ -1,0 +1,58 @@
+"""Make Keras 3 models faster, smaller and sturdier.
+
+The map of the package; each technique is a module of its own name:
+
+    measure      compare, measure_latency                          accel_tf.benchmark
+    prune        prune, sparsity, ConstantSparsity, …              accel_tf.pruning
+    quantize     quantize_aware, calibrate, Int8                   accel_tf.quantization
+    sparse       sparsify, sparse_matmul, SparseMatrix, …          accel_tf.sparse
+    distribute   mirrored_strategy                                 accel_tf.distribute
+    export       litert, inspect_litert                            accel_tf.export
+    data         digits, mnist1d                                   accel_tf.datasets
+    TFMOT        schedules and models to and from tf_keras         accel_tf.interop.tfmot
+
+Names and modules are imported on first use, so `import accel_tf` costs next to nothing.
+"""
+
+import importlib
+
+__version__ = "0.1.0"
+
+_NAMES = {
+    "benchmark": ("compare", "measure_latency"),
+    "distribute": ("mirrored_strategy",),
+    "export": ("inspect_litert",),
+    "pruning": ("ConstantSparsity", "PolynomialDecay", "Unstructured", "prune", "sparsity"),
+    "quantization": ("Int8", "calibrate", "quantize_aware"),
+    "report": ("report_of",),
+    "sparse": ("SparseDense", "SparseMatrix", "sparse_matmul", "sparsify"),
+}
+_MODULES = (
+    "benchmark",
+    "datasets",
+    "distribute",
+    "export",
+    "interop",
+    "layers",
+    "pruning",
+    "quantization",
+    "report",
+    "sparse",
+)
+_HOME = {name: module for module, names in _NAMES.items() for name in names}
+
+__all__ = sorted([*_HOME, *_MODULES])
+
+
+def __getattr__(name: str):
+    if name in _MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
+    if name in _HOME:
+        value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted([*globals(), *__all__])

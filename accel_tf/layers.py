@@ -1,0 +1,117 @@
+"""Walk the layers of any Keras model, and rebuild a model with some of its layers replaced.
+
+Every technique needs these two, and they have to treat nested, shared and wrapped layers alike.
+"""
+
+from collections.abc import Callable, Iterator
+
+import keras
+
+
+def walk(model: keras.Layer) -> Iterator[tuple[str, keras.Layer]]:
+    """Yields each layer below `model` once, depth first, with its path.
+
+    Nested models and the sublayers of wrappers and custom layers are descended into; a layer that
+    is shared is yielded once, under the path at which it is met first.
+
+    Args:
+        model: A functional, sequential or subclassed model, or a layer.
+
+    Yields:
+        `(path, layer)`: the names from the model down, joined by `/`, and the layer.
+    """
+    seen = {id(model)}
+
+    def below(parent, prefix):
+        for layer in parent._flatten_layers(include_self=False, recursive=False):
+            if id(layer) in seen:
+                continue
+            seen.add(id(layer))
+            path = prefix + layer.name
+            yield path, layer
+            yield from below(layer, path + "/")
+
+    yield from below(model, "")
+
+
+def require_model(model, verb: str) -> None:
+    """Raises a `ValueError` unless `model` is a built Keras 3 model.
+
+    Args:
+        model: What the user passed.
+        verb: The verb that needs it, for the message.
+    """
+    if not isinstance(model, keras.Model):
+        legacy = type(model).__module__.startswith(("tf_keras", "tensorflow.python.keras"))
+        hint = (
+            " It is a legacy tf_keras model; convert it with accel_tf.interop.tfmot.from_tf_keras."
+            if legacy
+            else ""
+        )
+        raise ValueError(f"{verb} expects a keras.Model, received {type(model).__name__}.{hint}")
+    if not model.built:
+        raise ValueError(
+            f"{verb} needs the weights of model {model.name!r}, which is not built yet. "
+            "Call it on a batch, or call model.build(input_shape), first."
+        )
+
+
+def rebuild(
+    model: keras.Model, replace: Callable[[str, keras.Layer], keras.Layer | None]
+) -> keras.Model:
+    """Returns a copy of `model`, sharing nothing with it, in which some layers are replaced.
+
+    Nested functional and sequential models are rebuilt too; a layer used several times is replaced
+    once and stays shared. Layers that are kept are made anew from their configuration and get the
+    weights of the original.
+
+    Args:
+        model: A built functional or sequential model.
+        replace: Called once per layer with its path and the layer; returns the new layer, or
+            `None` to keep it. A new layer may be unbuilt: setting its weights is up to the caller.
+
+    Returns:
+        A new model of the same class and name, not compiled.
+
+    Raises:
+        ValueError: `model`, or a model nested in it, is subclassed, so that it has no graph of
+            layers to rebuild.
+    """
+    require_model(model, "rebuild")
+    paths = {id(layer): path for path, layer in walk(model)}
+    kept: list[tuple[keras.Layer, keras.Layer]] = []
+    made: dict[int, keras.Layer] = {}
+
+    def clone(layer):
+        if id(layer) not in made:
+            made[id(layer)] = _clone(layer)
+        return made[id(layer)]
+
+    def _clone(layer):
+        path = paths.get(id(layer), layer.name)
+        if isinstance(layer, keras.Model):
+            return copy(layer, path)
+        new = replace(path, layer) if isinstance(layer, keras.Layer) else layer
+        if new is None:
+            new = type(layer).from_config(layer.get_config())
+            kept.append((layer, new))
+        return new
+
+    def copy(part, path):
+        if not isinstance(part, (keras.Sequential, keras.Functional)):
+            raise ValueError(
+                f"Model {path!r} ({type(part).__name__}) is subclassed: it has no graph of layers "
+                "to rebuild. Write it as a functional or sequential model, or apply the technique "
+                "to the functional models inside it."
+            )
+        # A compiled model's clone would be compiled too; the caller decides about that.
+        new = keras.models.clone_model(part, clone_function=clone)
+        new.trainable = part.trainable if not part.trainable else new.trainable
+        return new
+
+    new_model = copy(model, model.name)
+    for old, new in kept:
+        if old.weights:
+            new.set_weights(old.get_weights())
+        new.trainable = old.trainable
+    return new_model
