@@ -60,7 +60,9 @@ class Table:
         right = self._right_aligned()
 
         def line(row):
-            cells = (c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right))
+            cells = (
+                c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True)
+            )
             return "  ".join(cells).rstrip()
 
         body = [line(grid[0]), "  ".join("-" * w for w in widths), *map(line, grid[1:])]
@@ -71,7 +73,8 @@ class Table:
 
         def line(row, tag):
             cells = (
-                f'<{tag} style="text-align:{a}">{html.escape(c)}</{tag}>' for c, a in zip(row, align)
+                f'<{tag} style="text-align:{a}">{html.escape(c)}</{tag}>'
+                for c, a in zip(row, align, strict=True)
             )
             return f"<tr>{''.join(cells)}</tr>"
 
