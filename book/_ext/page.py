@@ -1,0 +1,61 @@
+"""Sphinx extension of the book: the notebook behind the download button, the status page's table."""
+
+from pathlib import Path
+
+import jupytext
+import nbformat
+from docutils import nodes
+from sphinx.util.docutils import SphinxDirective
+
+PACKAGES = (
+    "tensorflow",
+    "keras",
+    "tf_keras",
+    "tensorflow-model-optimization",
+    "ai-edge-litert",
+    "numpy",
+    "scipy",
+    "scikit-learn",
+    "jupyter-book",
+)
+
+
+def add_notebook_button(app, pagename, templatename, context, doctree):
+    """Offers each chapter as a notebook, which the theme does only for .ipynb sources."""
+    source = Path(app.srcdir, f"{pagename}.py")
+    if source.exists():
+        context["ipynb_source"] = f"{pagename}.ipynb"
+        target = Path(app.outdir, "_sources", f"{pagename}.ipynb")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        nbformat.write(jupytext.read(source, fmt="py:percent"), target)
+
+
+class VersionsDirective(SphinxDirective):
+    """`{versions}`: the packages and the machine with which the chapters were executed."""
+
+    def run(self):
+        import importlib.metadata
+
+        from accel_tf.benchmark import host
+
+        rows = [(name, importlib.metadata.version(name)) for name in PACKAGES]
+        rows = [("Machine", str(host())), *rows]
+        table = nodes.table(classes=["colwidths-auto"])
+        group = nodes.tgroup(cols=2)
+        table += group
+        group += [nodes.colspec(colwidth=1), nodes.colspec(colwidth=3)]
+        body = nodes.tbody()
+        group += body
+        for row in rows:
+            line = nodes.row()
+            for cell in row:
+                line += nodes.entry("", nodes.paragraph(text=cell))
+            body += line
+        return [table]
+
+
+def setup(app):
+    """Registers the extension."""
+    app.connect("html-page-context", add_notebook_button, priority=400)
+    app.add_directive("versions", VersionsDirective)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
