@@ -1,0 +1,62 @@
+// Checks and transposes CSR matrices.
+#include "kernels/csr.h"
+
+#include <algorithm>
+
+namespace accel_tf {
+namespace {
+
+std::string At(const char* array, int64_t position, int64_t value) {
+  return std::string(array) + "[" + std::to_string(position) + "] = " + std::to_string(value);
+}
+
+}  // namespace
+
+std::string CheckRowPointers(const Csr& matrix) {
+  const int64_t* pointers = matrix.row_pointers;
+  if (pointers[0] != 0) return At("row_pointers", 0, pointers[0]) + ", expected 0";
+  for (int64_t n = 0; n < matrix.rows; ++n) {
+    if (pointers[n + 1] < pointers[n]) {
+      return At("row_pointers", n + 1, pointers[n + 1]) + " is less than " +
+             At("row_pointers", n, pointers[n]) + "; expected a sequence that never decreases";
+    }
+  }
+  if (pointers[matrix.rows] != matrix.nonzeros) {
+    return At("row_pointers", matrix.rows, pointers[matrix.rows]) +
+           ", expected the number of values, " + std::to_string(matrix.nonzeros);
+  }
+  return "";
+}
+
+std::string CheckColumns(const Csr& matrix, int64_t begin, int64_t end) {
+  const int32_t* columns = matrix.columns;
+  // Branch-free, so that it vectorizes: as unsigned, a negative column is a large one.
+  const uint32_t limit =
+      static_cast<uint32_t>(std::min<int64_t>(matrix.cols, int64_t{INT32_MAX} + 1));
+  uint32_t outside = 0;
+  for (int64_t p = begin; p < end; ++p) outside |= static_cast<uint32_t>(columns[p]) >= limit;
+  if (!outside) return "";
+  while (static_cast<uint32_t>(columns[begin]) < limit) ++begin;
+  return At("columns", begin, columns[begin]) + ", expected a value in [0, " +
+         std::to_string(matrix.cols) + ")";
+}
+
+Csr Transpose(const Csr& matrix, int64_t* row_pointers, int32_t* columns, float* values) {
+  // A counting sort by column. While placing, row_pointers[k] is the next free place of row k; it
+  // ends at the start of row k + 1, so the array is shifted back by one at the end.
+  std::fill(row_pointers, row_pointers + matrix.cols + 1, 0);
+  for (int64_t p = 0; p < matrix.nonzeros; ++p) ++row_pointers[matrix.columns[p] + 1];
+  for (int64_t k = 0; k < matrix.cols; ++k) row_pointers[k + 1] += row_pointers[k];
+  for (int64_t n = 0; n < matrix.rows; ++n) {
+    for (int64_t p = matrix.row_pointers[n]; p < matrix.row_pointers[n + 1]; ++p) {
+      const int64_t place = row_pointers[matrix.columns[p]]++;
+      columns[place] = static_cast<int32_t>(n);
+      values[place] = matrix.values[p];
+    }
+  }
+  std::copy_backward(row_pointers, row_pointers + matrix.cols, row_pointers + matrix.cols + 1);
+  row_pointers[0] = 0;
+  return {matrix.cols, matrix.rows, matrix.nonzeros, row_pointers, columns, values};
+}
+
+}  // namespace accel_tf
