@@ -4,8 +4,10 @@ Every technique needs these two, and they have to treat nested, shared and wrapp
 """
 
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import keras
+from keras.src.models.functional import Functional  # Keras exports no public name for it.
 
 
 def walk(model: keras.Layer) -> Iterator[tuple[str, keras.Layer]]:
@@ -32,6 +34,40 @@ def walk(model: keras.Layer) -> Iterator[tuple[str, keras.Layer]]:
             yield from below(layer, path + "/")
 
     yield from below(model, "")
+
+
+class Call(NamedTuple):
+    """One call of a layer in a model's graph: the layer, the tensors it got and those it returned."""
+
+    layer: keras.Operation
+    inputs: tuple[keras.KerasTensor, ...]
+    outputs: tuple[keras.KerasTensor, ...]
+
+
+def calls(model: keras.Model) -> list[Call]:
+    """Returns the calls in the graph of `model`, in an order in which they can be executed.
+
+    A nested model is one call; its own graph is had by `calls` again. A shared layer occurs as
+    often as it is called. Operators such as `x + y` between tensors occur too.
+
+    Args:
+        model: A built functional or sequential model.
+
+    Raises:
+        ValueError: `model` has no graph of layers, because it is subclassed.
+    """
+    graph = model._functional if isinstance(model, keras.Sequential) else model
+    if not isinstance(graph, Functional):
+        raise ValueError(
+            f"Model {model.name!r} ({type(model).__name__}) is subclassed: it has no graph of "
+            "layers to follow. Write it as a functional or sequential model, or apply the "
+            "technique to the functional models inside it."
+        )
+    return [
+        Call(node.operation, tuple(node.input_tensors), tuple(node.outputs))
+        for depth in sorted(graph._nodes_by_depth, reverse=True)
+        for node in graph._nodes_by_depth[depth]
+    ]
 
 
 def require_model(model, verb: str) -> None:
@@ -98,7 +134,7 @@ def rebuild(
         return new
 
     def copy(part, path):
-        if not isinstance(part, (keras.Sequential, keras.Functional)):
+        if not isinstance(part, (keras.Sequential, Functional)):
             raise ValueError(
                 f"Model {path!r} ({type(part).__name__}) is subclassed: it has no graph of layers "
                 "to rebuild. Write it as a functional or sequential model, or apply the technique "
