@@ -1,0 +1,40 @@
+"""Quantization: train and calibrate models so that they run in 8-bit integers.
+
+A real number x is stored as an integer q with x ≈ s·(q − z): scale s, zero point z (Jacob et al.,
+"Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference",
+CVPR 2018, equation 1). Both verbs return the same kind of model, one that computes in float on the
+very grid that the integer runtime will use:
+
+    quantize_aware   fake quantization to train with `fit` (QAT)                _rewrite.py
+    calibrate        the same, ranges from data, without training (PTQ)         _calibrate.py
+    Int8, Int4       the number format and how ranges are observed              _schemes.py
+    FakeQuantize     one tensor on its grid: observer and rounding              _fake.py
+    Quantized…       the layers that replace those of the model                 _layers.py
+
+`accel_tf.export.litert` turns the result into a LiteRT file.
+"""
+
+from accel_tf.quantization._calibrate import calibrate
+from accel_tf.quantization._fake import FakeQuantize, fake_quantize_weights, observing
+from accel_tf.quantization._layers import (
+    QuantizedAffine,
+    QuantizedLayer,
+    QuantizedReshape,
+    QuantizedWeights,
+)
+from accel_tf.quantization._rewrite import quantize_aware
+from accel_tf.quantization._schemes import Int4, Int8
+
+__all__ = [
+    "FakeQuantize",
+    "Int4",
+    "Int8",
+    "QuantizedAffine",
+    "QuantizedLayer",
+    "QuantizedReshape",
+    "QuantizedWeights",
+    "calibrate",
+    "fake_quantize_weights",
+    "observing",
+    "quantize_aware",
+]

@@ -1,0 +1,110 @@
+"""Post-training quantization: the ranges of a fake-quantized model from data, without training."""
+
+from collections.abc import Sequence
+
+import keras
+import tensorflow as tf
+
+from accel_tf.quantization._fake import observing
+from accel_tf.quantization._rewrite import rewrite
+from accel_tf.quantization._schemes import Int8
+
+
+def calibrate(
+    model: keras.Model,
+    data,
+    scheme: Int8 | None = None,
+    *,
+    exclude: Sequence[str] = (),
+    batch_size: int = 32,
+    verbose: int = 1,
+) -> keras.Model:
+    """Returns a copy of `model` with fake quantization, with ranges observed on `data`.
+
+    The weights stay what they are; only ranges are learned. A few hundred inputs like those of
+    production are enough. The result is what `quantize_aware` makes, so it can be fine-tuned, too.
+
+    Args:
+        model: As for `quantize_aware`.
+        data: Inputs without labels: an array (n, …), or a list or dict of arrays for several
+            inputs; or a `tf.data.Dataset` or other finite iterable of batches, where a batch may
+            also be a tuple `(x, y)` or `(x, y, sample_weight)`, of which x is used.
+        scheme: The number format; `Int8()` if not given.
+        exclude: Paths of layers to leave in float, as for `quantize_aware`.
+        batch_size: How many inputs of an array to run at a time.
+        verbose: 1 for a progress bar, 0 for silence.
+
+    Returns:
+        A new model of the same class, not compiled.
+
+    Raises:
+        ValueError: As `quantize_aware`, or `data` has no batch, or has NaN or infinite values.
+
+    Example:
+
+    >>> import keras, numpy as np
+    >>> import accel_tf as at
+    >>> model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1, name="dense")])
+    >>> data = np.linspace(-1.0, 3.0, 20).reshape(10, 2)
+    >>> quantized = at.calibrate(model, data, verbose=0)
+    >>> quantized.get_layer("dense").quantizers[0].range
+    (-1.0, 3.0)
+
+    Reference:
+        Krishnamoorthi, "Quantizing deep convolutional networks for efficient inference",
+        arXiv:1806.08342, section 3.
+    """
+    quantized = rewrite(model, scheme or Int8(), exclude, "calibrate")
+    batches = _batches(data, batch_size)
+    try:
+        total = len(batches)
+    except TypeError:
+        total = None
+    progress = keras.utils.Progbar(total, verbose=verbose)
+
+    @tf.function(reduce_retracing=True)
+    def observe(x):
+        quantized(x, training=False)
+        finite = [
+            tf.reduce_all(tf.math.is_finite(t)) for t in tf.nest.flatten(x) if t.dtype.is_floating
+        ]
+        return tf.reduce_all(tf.stack(finite)) if finite else tf.constant(True)
+
+    step = 0
+    with observing():
+        for step, batch in enumerate(batches, start=1):
+            x = (
+                keras.utils.unpack_x_y_sample_weight(batch)[0]
+                if isinstance(batch, tuple)
+                else batch
+            )
+            if not observe(tf.nest.map_structure(tf.convert_to_tensor, x)):
+                raise ValueError(
+                    f"Batch {step - 1} of the calibration data has NaN or infinite values, from "
+                    "which no range can be taken. Remove those inputs."
+                )
+            progress.update(step, finalize=step == total)
+    if not step:
+        raise ValueError(
+            "calibrate needs at least one batch of data; received none. An iterator that was read "
+            "before is empty: pass the data anew."
+        )
+    return quantized
+
+
+def _batches(data, batch_size):
+    if isinstance(data, tf.data.Dataset):
+        return data
+    arrays = keras.tree.flatten(data) if isinstance(data, (list, dict)) else [data]
+    if not all(hasattr(array, "shape") and len(array.shape) for array in arrays):
+        return data
+    # A list of batches looks like a list of inputs; batches have ranks like the inputs' as well, so
+    # a plain list of arrays is always one array per input, as in `model.predict`.
+    lengths = {len(array) for array in arrays}
+    if len(lengths) > 1:
+        raise ValueError(
+            f"The arrays of several inputs must have the same length, received {sorted(lengths)}. "
+            "For batches of different sizes pass a generator or a tf.data.Dataset."
+        )
+    starts = range(0, lengths.pop(), batch_size)
+    return [keras.tree.map_structure(lambda a, s=s: a[s : s + batch_size], data) for s in starts]

@@ -1,0 +1,199 @@
+"""Fake quantization: rounding tensors to their integer grid while computing in float.
+
+Weights carry their range with them and are rounded by a function; activations need a range that is
+observed, so they are rounded by a layer that keeps it.
+"""
+
+import contextlib
+import contextvars
+
+import keras
+import tensorflow as tf
+
+# How every FakeQuantize layer behaves while a verb runs; "" follows `training`.
+_mode: contextvars.ContextVar[str] = contextvars.ContextVar("accel_tf_fake_quantize", default="")
+
+
+@contextlib.contextmanager
+def observing():
+    """While it is entered, fake-quantized models observe ranges in inference too.
+
+    This is how `calibrate` runs a model. A `tf.function` keeps the behaviour that it was traced
+    with, so call the model eagerly or trace a new function inside.
+    """
+    with _enter("observe"):
+        yield
+
+
+@contextlib.contextmanager
+def freezing():
+    """While it is entered, ranges are Python constants, which is what a converter needs."""
+    with _enter("freeze"):
+        yield
+
+
+@contextlib.contextmanager
+def _enter(mode):
+    token = _mode.set(mode)
+    try:
+        yield
+    finally:
+        _mode.reset(token)
+
+
+def fake_quantize_weights(weights, bits: int = 8, axes: tuple[int, ...] = (-1,)):
+    """Rounds weights to a symmetric grid with one scale per channel.
+
+    The gradient passes straight through the rounding (Bengio et al., 2013, arXiv:1308.3432).
+
+    Args:
+        weights: Float tensor of any shape.
+        bits: Width of the integers, 2 to 16; they span [−(2^(bits−1) − 1), 2^(bits−1) − 1].
+        axes: The channel axes: entries that differ in their index along one of these have scales
+            of their own. Empty for one scale per tensor.
+
+    Returns:
+        A tensor of the same shape and dtype, whose values are integers times the scale.
+
+    Example:
+
+    >>> from accel_tf.quantization import fake_quantize_weights
+    >>> fake_quantize_weights([[0.30, -7.0], [0.12, 2.2]], bits=4).numpy().round(3).tolist()
+    [[0.3, -7.0], [0.129, 2.0]]
+    """
+    weights = tf.convert_to_tensor(weights)
+    rank = len(weights.shape)
+    kept = {axis % rank for axis in axes}
+    others = [axis for axis in range(rank) if axis not in kept]
+    limit = tf.reduce_max(tf.abs(weights), axis=others, keepdims=True)
+    # A channel of zeros stays zero; its scale only has to be different from 0.
+    scale = tf.stop_gradient(tf.maximum(limit, 1e-12)) / (2 ** (bits - 1) - 1)
+    # Plain operations, not tf.quantization.fake_quant: a converter folds them into the constant,
+    # folds a BatchNormalization on top, and finds the same per-channel grid again by itself.
+    return tf.grad_pass_through(lambda w: tf.round(w / scale) * scale)(weights)
+
+
+@keras.saving.register_keras_serializable(package="accel_tf")
+class FakeQuantize(keras.layers.Layer):
+    """Rounds an activation to an integer grid whose range is observed during training.
+
+    The range is widened to contain 0, so that zero padding is exact, and shifted by less than half
+    a step so that 0 falls on the grid. Values outside the range are clipped and get no gradient;
+    inside, the gradient passes straight through. In inference the range is frozen. A layer that
+    has not seen any data yet passes its input unchanged.
+
+    Args:
+        bits: Width of the integers, 2 to 16.
+        momentum: What the moving average of the range keeps at each batch, in [0, 1).
+        fixed: `(low, high)` for a range that is known beforehand, such as a softmax's; nothing is
+            observed then.
+        **kwargs: As for any Keras layer.
+
+    Example:
+
+    >>> import numpy as np
+    >>> from accel_tf.quantization import FakeQuantize
+    >>> quantize = FakeQuantize(bits=2)
+    >>> np.asarray(quantize(np.array([0.0, 0.9, 1.2, 3.0]), training=True)).tolist()
+    [0.0, 1.0, 1.0, 3.0]
+    >>> quantize.range
+    (0.0, 3.0)
+    """
+
+    def __init__(self, bits=8, momentum=0.99, fixed=None, **kwargs):
+        super().__init__(**kwargs)
+        self.bits = bits
+        self.momentum = momentum
+        self.fixed = None if fixed is None else tuple(fixed)
+
+    def build(self, input_shape=None):
+        if self.fixed is None:
+            # Each replica computes the same numbers from all replicas' batches (see _observe), so
+            # any one of them is the value to keep.
+            def state(name):
+                return self.add_weight(
+                    name=name,
+                    shape=(),
+                    dtype="float32",
+                    initializer="zeros",
+                    trainable=False,
+                    autocast=False,
+                    aggregation="only_first_replica",
+                )
+
+            self.low, self.high, self.weight = state("low"), state("high"), state("weight")
+        self.built = True
+
+    def call(self, inputs, training=None):
+        x = tf.cast(inputs, tf.float32)
+        mode = _mode.get()
+        if self.fixed is not None:
+            low, high = self.fixed
+        elif mode == "freeze":
+            low, high = self.range
+        elif training or mode == "observe":
+            low, high = self._observe(x)
+        else:
+            y = tf.cond(self.weight.value > 0, lambda: self._round(x, *self._average()), lambda: x)
+            return tf.cast(y, inputs.dtype)
+        return tf.cast(self._round(x, low, high), inputs.dtype)
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """The frozen range as Python floats, 0 included.
+
+        Raises:
+            ValueError: No data has been seen yet.
+        """
+        if self.fixed is not None:
+            return self.fixed
+        with tf.init_scope():  # Also while a graph is traced, the numbers are wanted.
+            if self.built and float(self.weight.value) > 0:
+                low, high = self._average()
+                return float(low), float(high)
+        raise ValueError(
+            f"The range of {self.path or self.name!r} is unknown: no data has been seen. "
+            "Train the model with fit, or make it with calibrate, first."
+        )
+
+    @property
+    def scale(self) -> float:
+        """The step between neighbours on the grid, in the units of the activation."""
+        low, high = self.range
+        return (high - low) / (2**self.bits - 1)
+
+    @property
+    def zero_point(self) -> int:
+        """The integer that stands for 0, for integers from −2^(bits−1) up."""
+        return round(-self.range[0] / self.scale) - 2 ** (self.bits - 1)
+
+    def _observe(self, x):
+        low, high = tf.reduce_min(x), tf.reduce_max(x)
+        replica = tf.distribute.get_replica_context()
+        if replica is not None and replica.num_replicas_in_sync > 1:
+            lows, highs = replica.all_gather([low[None], high[None]], axis=0)
+            low, high = tf.reduce_min(lows), tf.reduce_max(highs)
+        # False for NaN and for an empty batch, whose minimum is +inf: those teach nothing.
+        valid = low <= high
+        rate = tf.where(valid, 1.0 - self.momentum, 0.0)
+        for state, new in ((self.low, low), (self.high, high), (self.weight, 1.0)):
+            state.assign(state.value + rate * (tf.where(valid, new, 0.0) - state.value))
+        return self._average()
+
+    def _average(self):
+        # Divided by the total weight of what was seen, which debiases: Kingma and Ba, 2015, section 3.
+        weight = tf.maximum(self.weight.value, 1e-12)
+        low = tf.minimum(self.low.value / weight, 0.0)
+        high = tf.maximum(self.high.value / weight, 0.0)
+        # A tensor that is always 0 has no scale; any will do.
+        return low, tf.where(high - low > 1e-9, high, low + 1.0)
+
+    def _round(self, x, low, high):
+        return tf.quantization.fake_quant_with_min_max_vars(x, low, high, num_bits=self.bits)
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+    def get_config(self):
+        config = {"bits": self.bits, "momentum": self.momentum, "fixed": self.fixed}
+        return {**super().get_config(), **config}
