@@ -1,0 +1,118 @@
+"""Rules of the repository: the tree's shape, the style of each language, the pins in step."""
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).resolve().parents[1]
+BIN = Path(sys.executable).parent
+
+
+def _files(*patterns):
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", *patterns],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+    return [ROOT / f for f in listed if (ROOT / f).exists()]
+
+
+def test_each_chapter_has_its_three_files():
+    """`book/X.py` teaches, `accel_tf/X` implements, `tests/accel_tf/test_X*.py` proves."""
+    toc = yaml.safe_load((ROOT / "_toc.yml").read_text())
+    listed = {Path(c["file"]).name for part in toc["parts"] for c in part["chapters"]}
+    for chapter in (ROOT / "book").glob("*.py"):
+        assert chapter.stem in listed, f"{chapter.name} is not in _toc.yml"
+        text = chapter.read_text()
+        named = re.search(r"\*\*Module\*\* \{py:mod\}`accel_tf\.(\w+)`", text)
+        assert named, f"{chapter.name} does not name the module it teaches"
+        module = named[1]
+        implements = [ROOT / f"accel_tf/{module}.py", ROOT / f"accel_tf/{module}/__init__.py"]
+        assert any(p.exists() for p in implements), f"accel_tf/{module} does not exist"
+        tests = list((ROOT / "tests/accel_tf").glob(f"test_{module}*.py"))
+        assert tests, f"no tests/accel_tf/test_{module}*.py"
+
+
+def test_each_chapter_asserts_its_claims(subtests):
+    for chapter in (ROOT / "book").glob("*.py"):
+        with subtests.test(chapter.name):
+            assert re.search(r"^assert ", chapter.read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", [["check"], ["format", "--check"]])
+def test_python_style(command):
+    run = subprocess.run(
+        [BIN / "ruff", *command, "."], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_cpp_style():
+    sources = _files("custom_ops/*.cc", "custom_ops/*.h")
+    assert sources
+    run = subprocess.run(
+        [BIN / "clang-format", "--dry-run", "--Werror", *sources],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+
+
+def test_keras_3_only():
+    """Importing TFMOT flips `tf.keras` to the legacy package, so the library never writes it."""
+    for path in _files("accel_tf/*.py", "book/*.py"):
+        if "interop" not in path.parts:
+            assert not re.search(r"^[^#]*\btf\.keras\.", path.read_text(), re.MULTILINE), path
+
+
+def test_environment_yml_is_in_step_with_the_lock():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    python = next(d for d in environment["dependencies"] if str(d).startswith("python=")).split("=")[1]
+    marker = {"python_version": python, "python_full_version": f"{python}.9"}
+    lock = {}
+    for line in (ROOT / "requirements.lock").read_text().splitlines():
+        if line and not line.startswith(("#", " ")):
+            requirement = Requirement(line)
+            if requirement.marker is None or requirement.marker.evaluate(marker):
+                lock[_name(requirement.name)] = str(requirement.specifier)
+    pip = next(d["pip"] for d in environment["dependencies"] if isinstance(d, dict))
+    pins = {_name(r.name): str(r.specifier) for r in map(Requirement, pip[1:])}
+    assert pins == {name: lock[name] for name in pins}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    direct = [*project["dependencies"], *sum(project["optional-dependencies"].values(), [])]
+    assert set(pins) == {_name(Requirement(r).name) for r in direct} - {"accel-tf"}
+
+
+def test_continuous_integration_runs_the_readmes_command():
+    commands = [
+        line
+        for line in (ROOT / ".ci/run").read_text().splitlines()
+        if line and not line.startswith(("#", "set ", "cd "))
+    ]
+    assert commands == ["make test"]
+    assert "make test" in (ROOT / "README.md").read_text()
+
+
+def test_make_says_what_is_missing(tmp_path):
+    for arguments, message in (
+        (["PYTHON="], "Python 3.10 to 3.13 is needed: apt-get install"),
+        (["CXX=/no/such/compiler"], "A C++17 compiler is needed: apt-get install g++"),
+    ):
+        run = subprocess.run(
+            ["make", "tools", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        assert run.returncode != 0
+        assert message in run.stdout
+
+
+def _name(name):
+    return name.lower().replace("_", "-")
