@@ -1,0 +1,192 @@
+"""The verb `prune`, and the report `sparsity`."""
+
+import dataclasses
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from accel_tf.layers import require_model
+from accel_tf.pruning.constraint import MaskConstraint, Masks, StepCounter
+from accel_tf.pruning.patterns import Unstructured
+from accel_tf.pruning.schedules import Schedule
+from accel_tf.pruning.selection import Weight, is_kernel, weights_of
+from accel_tf.report import Entry, Report, Table, attach
+
+
+def prune(
+    model: keras.Model,
+    schedule: Schedule,
+    *,
+    pattern=Unstructured(),  # noqa: B008 – frozen
+    scope: str = "layer",
+    include=None,
+    exclude=None,
+    optimizer: keras.optimizers.Optimizer | None = None,
+    initial_step: int = 0,
+) -> Report:
+    """Prunes `model` in place, now and after each optimizer step, as `schedule` says.
+
+    The weights get a constraint, which Keras applies within the training step, so the sparsity is
+    exact whenever a step has ended: in `fit`, in custom loops, under XLA, mixed precision and
+    `tf.distribute`. The model stays what it is: no wrappers, the same names, a plain `.keras` file.
+
+    Steps count from this call, under any optimizer. Call `prune` again to replace the schedule of
+    the weights it selects; the others keep theirs. Call it again after loading a model, too:
+    a file holds the zeros, not the schedule. A `tf.function` of your own that contains the training
+    step has to be made after the call, as it records the constraints it finds.
+
+    Zeros alone make files smaller once they are compressed, not models faster: Keras's dense
+    kernels multiply by zero. `accel_tf.sparsify` does not.
+
+    Args:
+        model: A built Keras model: functional, sequential or subclassed. Compile it before or after.
+        schedule: `ConstantSparsity(0.8)`, `PolynomialDecay(0.9, end_step=1000)`, …
+        pattern: Which weights go together.
+        scope: `"layer"` gives each kernel the schedule's sparsity; `"global"` gives it to all
+            together, so that the smallest weights go wherever they are. That is more accurate at
+            high sparsity, but may empty a layer.
+        include: Only these layers, and those below them: a layer, a layer class, a name or path with
+            wildcards (`"block_*"`), a function `(path, layer) -> bool`, or a sequence of those. By
+            default kernels of rank ≥ 2 are pruned, except depthwise ones; biases, normalization and
+            embeddings are not. A layer that you include itself gives up all its trainable weights
+            of rank ≥ 2.
+        exclude: Leave these layers alone, and those below them; written as `include`.
+        optimizer: The optimizer that trains the model, if it is not `model.optimizer`: in custom
+            training loops, or if `model` is a part of the one you compile.
+        initial_step: The schedule's step now. To resume training from a checkpoint, pass
+            `int(model.optimizer.iterations)`.
+
+    Returns:
+        A `Report`: what is pruned, and why the other layers are not.
+
+    Raises:
+        ValueError: The model is not built, nothing in it can be pruned, a selector matches no layer,
+            or an argument is not what is expected.
+
+    Example:
+
+    >>> import accel_tf as at
+    >>> model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(10, name="head")])
+    >>> print(at.prune(model, at.ConstantSparsity(0.75)))
+    prune: 1 layers changed, 0 left alone
+    layer  changed  note
+    -----  -------  ------------------------------
+    head   yes      kernel (8, 10): 0.75 by step 0
+    >>> at.sparsity(model).total
+    0.75
+
+    Reference: Han et al., "Learning both weights and connections for efficient neural networks"
+    (2015); https://arxiv.org/abs/1506.02626.
+    """
+    require_model(model, "prune")
+    _validate(schedule, pattern, scope, initial_step)
+    weights = weights_of(model, include, exclude)
+    chosen = [w.variable for w in weights if not w.reason]
+    report = _report(weights, schedule)
+    if not chosen:
+        raise ValueError(f"Nothing in model {model.name!r} can be pruned:\n{report}")
+
+    step = StepCounter(model, optimizer, initial_step)
+    groups = [chosen] if scope == "global" else [[v] for v in chosen]
+    for group in groups:
+        masks = Masks(group, schedule, pattern, step)
+        masks.update(tf.constant(initial_step, tf.int64))
+        for v in group:
+            _constrain(v, masks)
+    if model.compiled:
+        model.train_function = None  # traced without these constraints; `fit` makes it anew
+    attach(model, report)
+    return report
+
+
+@dataclasses.dataclass(frozen=True)
+class SparsityTable(Table):
+    """How sparse each kernel of a model is, as a `Table`, and all together, as a number.
+
+    Attributes:
+        total: The fraction of zeros among the weights listed, a float in [0, 1].
+    """
+
+    total: float = 0.0
+
+
+def sparsity(model: keras.Model) -> SparsityTable:
+    """Returns how many weights of each kernel of `model` are zero.
+
+    Args:
+        model: Any built Keras model, pruned or not; a weight that is shared counts once.
+
+    Returns:
+        A `SparsityTable`: one row per kernel that `prune` selects by default or has pruned, and a
+        last row for all; `.total` is the sparsity of all, as a float.
+
+    Raises:
+        ValueError: The model is not built.
+
+    Example:
+
+    >>> import accel_tf as at
+    >>> model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2, name="head")])
+    >>> model.set_weights([np.array([[1.0, 0.0], [0.0, 0.0]]), np.zeros(2)])
+    >>> print(at.sparsity(model))
+    layer  weight  shape   weights  zeros  sparsity
+    -----  ------  ------  -------  -----  --------
+    head   kernel  (2, 2)        4      3      0.75
+    total                        4      3      0.75
+    """
+    require_model(model, "sparsity")
+    rows, unfinished = [], {}
+    for path, layer, v, reason in weights_of(model):
+        pruned = isinstance(v.constraint, MaskConstraint)
+        if not pruned and not is_kernel(Weight(path, layer, v, reason)):
+            continue
+        values = keras.ops.convert_to_numpy(v)
+        zeros = values.size - int(np.count_nonzero(values))
+        rows.append((path, v.name, str(tuple(v.shape)), values.size, zeros, zeros / values.size))
+        if pruned and v.constraint.masks.unfinished:
+            unfinished[v.constraint.masks.unfinished] = None
+    n, zeros = sum(row[3] for row in rows), sum(row[4] for row in rows)
+    total = zeros / n if n else 0.0
+    rows.append(("total", "", "", n, zeros, total))
+    columns = ("layer", "weight", "shape", "weights", "zeros", "sparsity")
+    return SparsityTable(columns, rows, note="\n".join(unfinished), total=total)
+
+
+def _validate(schedule, pattern, scope, initial_step):
+    if not isinstance(schedule, Schedule):
+        foreign = type(schedule).__module__.startswith("tensorflow_model_optimization")
+        hint = (
+            "Convert it with accel_tf.interop.tfmot.from_tfmot."
+            if foreign
+            else "ConstantSparsity(0.8) prunes at once, PolynomialDecay(0.8, end_step=…) gradually."
+        )
+        raise ValueError(f"prune expects a schedule of accel_tf. Received: {schedule!r}. {hint}")
+    if not (hasattr(pattern, "scores") and hasattr(pattern, "expand")):
+        raise ValueError(f"prune expects a pattern such as Unstructured(). Received: {pattern!r}")
+    if scope not in ("layer", "global"):
+        raise ValueError(f'scope is "layer" or "global". Received: {scope!r}')
+    if initial_step < 0:
+        raise ValueError(f"initial_step must be ≥ 0. Received: {initial_step}")
+
+
+def _constrain(variable, masks: Masks):
+    inner = variable.constraint
+    if isinstance(inner, MaskConstraint):  # pruned before: the new schedule takes over
+        inner.masks.remove(variable)
+        inner = inner.inner
+    variable.constraint = MaskConstraint(masks, variable, inner)
+    variable.assign(variable.constraint.apply(variable))
+
+
+def _report(weights: list[Weight], schedule: Schedule) -> Report:
+    level, step = schedule.sparsity_at(schedule.reached_at), schedule.reached_at
+    done, left = {}, {}
+    for path, _, v, reason in weights:
+        if not reason:
+            note = f"{v.name} {tuple(v.shape)}: {level:.4g} by step {step}"
+            done[path] = f"{done[path]}, {note}" if path in done else note
+        elif path not in left or len(v.shape) >= 2:
+            left[path] = reason
+    skipped = tuple(Entry(path, reason) for path, reason in left.items() if path not in done)
+    return Report("prune", tuple(Entry(*item) for item in done.items()), skipped)

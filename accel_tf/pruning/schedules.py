@@ -1,0 +1,218 @@
+"""Sparsity as a function of the training step, number by number as in TFMOT.
+
+A schedule *updates* the mask at the steps `begin_step, begin_step + frequency, …` up to `end_step`;
+in between, the mask holds. Step 0 is the moment `prune` is called, step t follows the t-th optimizer
+step. All arithmetic is float32 and TensorFlow's, as TFMOT's is, so that both agree to the last bit.
+"""
+
+import dataclasses
+import functools
+
+import numpy as np
+import tensorflow as tf
+
+
+class Schedule:
+    """What the schedules share: the steps at which they update the mask, and their configuration.
+
+    A subclass is a frozen dataclass with `begin_step`, `end_step` (-1: there is no end) and
+    `frequency`, and implements `sparsity_at`.
+    """
+
+    @property
+    def reached_at(self) -> int:
+        """The update that reaches the highest sparsity; training has to go on at least that long."""
+        return self.begin_step
+
+    def sparsity_at(self, step):
+        """Returns the sparsity that the schedule prescribes at `step`, be it an update or not.
+
+        Args:
+            step: An `int`, a sequence of them, or an integer tensor (also inside `tf.function`).
+
+        Returns:
+            A fraction in [0, 1): a `float` for an `int`, else a float32 tensor of the shape of
+            `step`, which may differ from it in the last bit.
+        """
+        raise NotImplementedError
+
+    def updates_at(self, step):
+        """Returns whether the mask is updated at `step`.
+
+        Args:
+            step: An `int`, a sequence of them, or an integer tensor (also inside `tf.function`).
+
+        Returns:
+            A `bool` for an `int`, else a bool tensor of the shape of `step`.
+        """
+        at = _as_tensor(step)
+        due = (at >= self.begin_step) & ((at - self.begin_step) % self.frequency == 0)
+        if self.end_step >= 0:
+            due &= at <= self.end_step
+        return _as_given(due, step)
+
+    def latest_update(self, step):
+        """Returns the last step, at or before `step`, at which the mask is updated.
+
+        Args:
+            step: An `int`, a sequence of them, or an integer tensor (also inside `tf.function`).
+
+        Returns:
+            The step, as an `int` or a tensor as `step` is; -1 before the first update.
+        """
+        at = _as_tensor(step)
+        inside = at if self.end_step < 0 else tf.minimum(at, tf.cast(self.end_step, at.dtype))
+        since = inside - self.begin_step
+        latest = tf.where(since < 0, tf.constant(-1, at.dtype), inside - since % self.frequency)
+        return _as_given(latest, step)
+
+    def get_config(self) -> dict:
+        """Returns the arguments as a dictionary of plain numbers, for `from_config`."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_config(cls, config: dict):
+        """Makes the schedule anew from what `get_config` returned."""
+        return cls(**config)
+
+    def _validate(self, *sparsities: str):
+        name = type(self).__name__
+        for field in sparsities:
+            value = getattr(self, field)
+            if not 0.0 <= value < 1.0:
+                raise ValueError(
+                    f"{name}: {field} is the fraction of zeros, in [0, 1). Received: {value!r}"
+                )
+        for field, least in (("begin_step", 0), ("end_step", -1), ("frequency", 1)):
+            value = getattr(self, field)
+            if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+                raise ValueError(f"{name}: {field} must be an integer. Received: {value!r}")
+            if value < least:
+                raise ValueError(f"{name}: {field} must be ≥ {least}. Received: {value}")
+            object.__setattr__(self, field, int(value))
+
+
+@dataclasses.dataclass(frozen=True)
+class ConstantSparsity(Schedule):
+    """Prunes to one sparsity at once, and holds it.
+
+    Each update chooses the smallest weights anew, so that another weight may take a pruned one's
+    place; the sparsity stays.
+
+    Args:
+        sparsity: The fraction of zeros, in [0, 1).
+        begin_step: The first update; with 0 it happens when `prune` is called.
+        end_step: The mask is not updated after this step, only held; -1 means there is no end.
+        frequency: Steps between updates.
+
+    Raises:
+        ValueError: An argument is out of its range.
+
+    Example:
+
+    >>> schedule = ConstantSparsity(0.75, begin_step=200)
+    >>> schedule.updates_at(200), schedule.updates_at(250), schedule.sparsity_at(250)
+    (True, False, 0.75)
+
+    Reference: `ConstantSparsity` of the TensorFlow Model Optimization Toolkit (TFMOT), where our
+    `sparsity` is called `target_sparsity`.
+    """
+
+    sparsity: float
+    begin_step: int = 0
+    end_step: int = -1
+    frequency: int = 100
+
+    def __post_init__(self):
+        self._validate("sparsity")
+        if 0 <= self.end_step < self.begin_step:
+            raise ValueError(
+                f"ConstantSparsity never prunes: it ends at step {self.end_step}, before it begins "
+                f"at {self.begin_step}. Use end_step=-1 for no end."
+            )
+
+    def sparsity_at(self, step):
+        return _as_given(tf.fill(tf.shape(step), tf.constant(self.sparsity, tf.float32)), step)
+
+
+@dataclasses.dataclass(frozen=True)
+class PolynomialDecay(Schedule):
+    """Raises the sparsity from `initial_sparsity` to `final_sparsity`, fast at first, then slowly.
+
+    With s_i, s_f the initial and final sparsity, t_0 = `begin_step`, t_1 = `end_step`, the sparsity
+    at step t is s_f + (s_i − s_f)·(1 − (t − t_0) / (t_1 − t_0))^power, constant outside [t_0, t_1].
+
+    Args:
+        final_sparsity: The fraction of zeros at `end_step` and ever after, in [0, 1).
+        end_step: The step at which `final_sparsity` is reached. Choose it so that some training is
+            left to recover, and `end_step - begin_step` a multiple of `frequency`: the last update
+            is the last multiple, and its sparsity is what remains.
+        initial_sparsity: The fraction of zeros at `begin_step`, in [0, 1).
+        begin_step: The first update; with 0 it happens when `prune` is called.
+        power: The exponent, greater than 0; 3 is the paper's.
+        frequency: Steps between updates.
+
+    Raises:
+        ValueError: An argument is out of its range, or the schedule ends before its second update,
+            so that it would never leave `initial_sparsity`.
+
+    Example:
+
+    >>> schedule = PolynomialDecay(final_sparsity=0.9, end_step=1000)
+    >>> [round(schedule.sparsity_at(step), 2) for step in (0, 250, 500, 1000, 2000)]
+    [0.0, 0.52, 0.79, 0.9, 0.9]
+    >>> schedule.latest_update(730)
+    700
+
+    Reference: Zhu and Gupta, "To prune, or not to prune" (2017), equation 1;
+    https://arxiv.org/abs/1710.01878. `PolynomialDecay` of TFMOT.
+    """
+
+    final_sparsity: float
+    end_step: int
+    initial_sparsity: float = 0.0
+    begin_step: int = 0
+    power: float = 3
+    frequency: int = 100
+
+    def __post_init__(self):
+        self._validate("initial_sparsity", "final_sparsity")
+        if not self.power > 0:
+            raise ValueError(f"PolynomialDecay: power must be > 0. Received: {self.power!r}")
+        if self.end_step - self.begin_step < self.frequency:
+            raise ValueError(
+                f"PolynomialDecay never gets past initial_sparsity={self.initial_sparsity}: the "
+                f"steps from begin_step={self.begin_step} to end_step={self.end_step} are fewer "
+                f"than frequency={self.frequency}, the steps between two updates. Lower frequency "
+                "or raise end_step."
+            )
+
+    @property
+    def reached_at(self) -> int:
+        return self.latest_update(self.end_step)
+
+    def sparsity_at(self, step):
+        done = tf.cast(_as_tensor(step) - self.begin_step, tf.float32)
+        done = tf.clip_by_value(done / (self.end_step - self.begin_step), 0.0, 1.0)
+        missing = (self.initial_sparsity - self.final_sparsity) * tf.pow(1.0 - done, self.power)
+        return _as_given(missing + self.final_sparsity, step)
+
+
+@functools.lru_cache
+def levels(schedule: Schedule) -> np.ndarray:
+    """Returns the sparsity at each update of `schedule` in turn, float32; the last holds ever after.
+
+    Training looks the sparsity up in this table. TensorFlow's `pow` of a scalar, of a vector, in a
+    graph and under XLA differ in the last bit, and one bit can decide about one weight.
+    """
+    updates = range(schedule.begin_step, schedule.reached_at + 1, schedule.frequency)
+    return np.array([schedule.sparsity_at(step) for step in updates], np.float32)
+
+
+def _as_tensor(step):
+    return step if tf.is_tensor(step) else tf.convert_to_tensor(step, tf.int64)
+
+
+def _as_given(value, step):
+    """Answers an `int` with a Python number, and everything else with a tensor."""
+    return value.numpy().item() if isinstance(step, (int, np.integer)) else value
