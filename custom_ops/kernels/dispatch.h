@@ -14,8 +14,8 @@ namespace accel_tf {
 // A tile that holds fewer batch rows is padded with zeros.
 constexpr int kMaxTile = 32;
 
-// Below this many batch rows, packing costs more than it saves: `multiply_vector` runs instead.
-constexpr int64_t kMinPackedBatch = 4;
+// Below this many batch rows, packing costs more than it saves, and `multiply_vector` runs instead.
+constexpr int64_t kMinPackedBatch = 2;
 
 // Outputs are computed in blocks of this many rows of the matrix, then written transposed.
 constexpr int kRowBlock = 16;

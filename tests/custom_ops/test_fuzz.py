@@ -1,0 +1,29 @@
+"""20,000 malformed calls of the ops under AddressSanitizer: an error each, and no report."""
+
+import re
+import sys
+
+from .conftest import ROOT, run, succeed
+
+CALLS = 20_000
+
+
+def test_malformed_calls(address_sanitized_op):
+    library = address_sanitized_op / "_accel_tf_ops.so"
+    assert b"__asan_report_load" in library.read_bytes(), "the op is not instrumented"
+    preload = [
+        succeed("g++", f"-print-file-name={name}").strip()
+        for name in ("libasan.so", "libstdc++.so")
+    ]
+    result = run(
+        sys.executable, ROOT / "custom_ops" / "tests" / "fuzz_op.py",
+        address_sanitized_op, CALLS, 20260101,
+        # Python and TensorFlow keep memory until they exit; that is no leak of the op's.
+        env={"LD_PRELOAD": " ".join(preload), "ASAN_OPTIONS": "detect_leaks=0"},
+    )  # fmt: skip
+    assert "AddressSanitizer" not in result.stderr, result.stderr[-5000:]
+    assert result.returncode == 0, result.stderr[-5000:]
+    refused, valid = re.search(
+        r"(\d+) malformed calls refused, (\d+) valid ones right", result.stdout
+    ).groups()
+    assert int(refused) >= CALLS and int(valid) > CALLS / 50
