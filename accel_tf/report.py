@@ -151,6 +151,17 @@ def report_of(model) -> Report:
 
     Raises:
         ValueError: No verb has been applied to this model object in this process.
+
+    Example:
+
+    >>> import keras
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+    >>> attach(model, Report("prune", done=(Entry("dense", "half of 8 weights"),)))  # a verb does
+    >>> print(report_of(model))
+    prune: 1 layers changed, 0 left alone
+    layer  changed  note
+    -----  -------  -----------------
+    dense  yes      half of 8 weights
     """
     try:
         return _reports[model]

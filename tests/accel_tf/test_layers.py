@@ -1,0 +1,129 @@
+"""accel_tf.layers: every kind of model is walked once, followed, and rebuilt without sharing."""
+
+import keras
+import numpy as np
+import pytest
+
+from accel_tf import layers
+
+
+class Subclassed(keras.Model):
+    def __init__(self):
+        super().__init__(name="subclassed")
+        self.first = keras.layers.Dense(3, name="first")
+        self.block = keras.Sequential([keras.layers.Dense(2, name="inner")], name="block")
+
+    def call(self, x):
+        return self.block(self.first(x))
+
+
+def nested_and_shared():
+    shared = keras.layers.Dense(4, name="shared")
+    inner = keras.Sequential(
+        [keras.Input((4,)), shared, keras.layers.BatchNormalization(name="bn")], name="inner"
+    )
+    x = keras.Input((4,), name="x")
+    y = inner(shared(x)) + x
+    return keras.Model(x, keras.layers.Dense(2, name="head")(inner(y)), name="outer")
+
+
+def recurrent():
+    wrapped = keras.layers.Bidirectional(keras.layers.LSTM(3), name="both")
+    return keras.Sequential([keras.Input((5, 2)), wrapped])
+
+
+def paths(model):
+    return [path for path, _ in layers.walk(model)]
+
+
+def test_walk_descends_and_yields_shared_layers_once():
+    found = paths(nested_and_shared())
+    assert "inner/bn" in found and "head" in found
+    assert sum(path.split("/")[-1] == "shared" for path in found) == 1
+    assert len(found) == len(set(found))
+
+
+def test_walk_descends_into_wrappers_and_subclassed_models():
+    assert "both/forward_lstm/lstm_cell" in paths(recurrent())
+    model = Subclassed()
+    model(np.zeros((1, 4)))
+    assert {"first", "block", "block/inner"} <= set(paths(model))
+
+
+@pytest.mark.parametrize("name", ["MobileNetV2", "DenseNet121"])
+def test_walk_meets_every_weight_of_real_models(name):
+    model = getattr(keras.applications, name)(weights=None, input_shape=(32, 32, 3))
+    owned = {id(w) for _, layer in layers.walk(model) for w in layer.weights}
+    assert owned == {id(w) for w in model.weights}
+
+
+def test_calls_can_be_executed_in_order():
+    model = nested_and_shared()
+    x = np.random.default_rng(0).normal(size=(3, 4)).astype("float32")
+    values = {id(model.inputs[0]): x}
+    for call in layers.calls(model):
+        if isinstance(call.layer, keras.layers.InputLayer):
+            continue
+        result = call.layer(*[values[id(t)] for t in call.inputs])
+        values[id(call.outputs[0])] = result
+    np.testing.assert_allclose(values[id(model.outputs[0])], model(x), rtol=1e-6)
+
+
+def test_calls_rejects_a_subclassed_model():
+    with pytest.raises(ValueError, match=r"'subclassed' \(Subclassed\) is subclassed"):
+        layers.calls(Subclassed())
+
+
+def test_require_model_names_the_verb_and_the_way_out():
+    with pytest.raises(ValueError, match="prune expects a keras.Model, received int"):
+        layers.require_model(3, "prune")
+    unbuilt = keras.Sequential([keras.layers.Dense(1)], name="empty")
+    with pytest.raises(ValueError, match=r"prune needs the weights of model 'empty'.*build"):
+        layers.require_model(unbuilt, "prune")
+
+
+def test_require_model_points_legacy_models_to_interop():
+    legacy = type("Legacy", (), {"__module__": "tf_keras.src.engine.training"})()
+    with pytest.raises(ValueError, match=r"accel_tf\.interop\.tfmot\.from_tf_keras"):
+        layers.require_model(legacy, "prune")
+
+
+@pytest.mark.parametrize("make", [nested_and_shared, recurrent])
+def test_rebuild_copies_weights_and_shares_nothing(make):
+    model = make()
+    copy = layers.rebuild(model, lambda path, layer: None)
+    x = np.random.default_rng(0).normal(size=(3, *model.input_shape[1:])).astype("float32")
+    np.testing.assert_array_equal(model(x), copy(x))
+    assert not {id(w) for w in model.weights} & {id(w) for w in copy.weights}
+    assert len(copy.weights) == len(model.weights)  # what was shared is shared again
+    assert type(copy) is type(model) and copy.name == model.name
+
+
+def test_rebuild_replaces_a_shared_layer_once():
+    asked = []
+
+    def replace(path, layer):
+        asked.append(path)
+        if layer.name == "shared":
+            return keras.layers.Dense(4, activation="tanh", name="shared")
+        return None
+
+    copy = layers.rebuild(nested_and_shared(), replace)
+    new = [layer for _, layer in layers.walk(copy) if layer.name == "shared"]
+    assert len(new) == 1 and new[0].activation is keras.activations.tanh
+    assert len(asked) == len(set(asked))
+
+
+def test_rebuild_keeps_what_is_frozen():
+    model = nested_and_shared()
+    model.get_layer("head").trainable = False
+    copy = layers.rebuild(model, lambda path, layer: None)
+    assert not copy.get_layer("head").trainable
+    assert len(copy.trainable_weights) == len(model.trainable_weights)
+
+
+def test_rebuild_names_a_nested_subclassed_model():
+    x = keras.Input((4,))
+    model = keras.Model(x, Subclassed()(x))
+    with pytest.raises(ValueError, match=r"'subclassed' \(Subclassed\) is subclassed"):
+        layers.rebuild(model, lambda path, layer: None)
