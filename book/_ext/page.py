@@ -30,6 +30,18 @@ def add_notebook_button(app, pagename, templatename, context, doctree):
         nbformat.write(jupytext.read(source, fmt="py:percent"), target)
 
 
+def drop_thebe(app, pagename, templatename, context, doctree):
+    """Takes out the scripts of sphinx-thebe, which Jupyter Book loads whether it is used or not.
+
+    They name a CDN, and stand twice on a page, which makes the second a syntax error.
+    """
+    context["script_files"] = [
+        script
+        for script in context["script_files"]
+        if "thebe" not in f"{script.filename} {script.attributes.get('body')}".lower()
+    ]
+
+
 class VersionsDirective(SphinxDirective):
     """`{versions}`: the packages and the machine with which the chapters were executed."""
 
@@ -57,5 +69,6 @@ class VersionsDirective(SphinxDirective):
 def setup(app):
     """Registers the extension."""
     app.connect("html-page-context", add_notebook_button, priority=400)
+    app.connect("html-page-context", drop_thebe, priority=900)
     app.add_directive("versions", VersionsDirective)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

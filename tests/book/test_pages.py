@@ -26,6 +26,7 @@ def page(request, browser):
     """A page that records what it must not do: console errors, and requests that leave the disk."""
     context = browser.new_context(color_scheme=request.param, viewport={"width": 1300, "height": 900})
     context.set_offline(True)
+    context.set_default_timeout(10_000)
     page = context.new_page()
     page.scheme, page.problems = request.param, []
     page.on("console", lambda m: m.type == "error" and page.problems.append(m.text))
@@ -47,7 +48,7 @@ def _pages(html):
 
 def test_first_page_opens(html, page):
     page.goto(f"file://{html}/index.html")
-    page.wait_for_selector("h1:has-text('Accelerating Keras')")
+    page.wait_for_selector("article h1:has-text('Accelerating Keras')")
     assert not page.problems
 
 
