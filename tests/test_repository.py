@@ -80,7 +80,9 @@ def test_keras_3_only():
 
 def test_environment_yml_is_in_step_with_the_lock():
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())
-    python = next(d for d in environment["dependencies"] if str(d).startswith("python=")).split("=")[1]
+    python = next(d for d in environment["dependencies"] if str(d).startswith("python=")).split(
+        "="
+    )[1]
     marker = {"python_version": python, "python_full_version": f"{python}.9"}
     lock = {}
     for line in (ROOT / "requirements.lock").read_text().splitlines():

@@ -130,7 +130,9 @@ def execute_all(names: list[str], root: Path = ROOT, jobs: int = 2) -> None:
             name = futures[done]
             try:
                 seconds, cached = done.result()
-                print(f"  {name:<24}{seconds:6.1f} s{'  (unchanged)' if cached else ''}", flush=True)
+                print(
+                    f"  {name:<24}{seconds:6.1f} s{'  (unchanged)' if cached else ''}", flush=True
+                )
             except ChapterError as error:
                 print(f"  {name:<24}FAILED", flush=True)
                 errors.append(str(error))

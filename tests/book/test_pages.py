@@ -24,7 +24,9 @@ def browser():
 @pytest.fixture(params=["light", "dark"])
 def page(request, browser):
     """A page that records what it must not do: console errors, and requests that leave the disk."""
-    context = browser.new_context(color_scheme=request.param, viewport={"width": 1300, "height": 900})
+    context = browser.new_context(
+        color_scheme=request.param, viewport={"width": 1300, "height": 900}
+    )
     context.set_offline(True)
     context.set_default_timeout(10_000)
     page = context.new_page()
@@ -35,7 +37,8 @@ def page(request, browser):
     page.on(
         "request",
         lambda r: (
-            r.url.startswith(("file:", "data:", "blob:")) or page.problems.append(f"leaves: {r.url}")
+            r.url.startswith(("file:", "data:", "blob:"))
+            or page.problems.append(f"leaves: {r.url}")
         ),
     )
     yield page
