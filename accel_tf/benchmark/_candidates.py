@@ -208,7 +208,7 @@ class LiteRT:
             shape = tuple(detail["shape"][1:])
             fitting = [i for i, array in enumerate(remaining) if array.shape[1:] == shape]
             if len(details) > 1 and len(fitting) > 1 or not fitting or len(arrays) != len(details):
-                described = ", ".join(f"{d['key']} {tuple(d['shape'])}" for d in details)
+                described = ", ".join(f"{d['key']} {tuple(d['shape'].tolist())}" for d in details)
                 raise ValueError(
                     f"{self._path} has the inputs {described}; cannot tell which of the arrays of "
                     f"shapes {[a.shape for a in arrays]} goes where. Pass x as a dictionary by name."
