@@ -42,6 +42,11 @@ def drop_thebe(app, pagename, templatename, context, doctree):
     ]
 
 
+def skip_field_aliases(app, what, name, obj, skip, options):
+    """Leaves out the fields of named tuples, whose docstrings Python makes of their numbers."""
+    return True if (obj.__doc__ or "").startswith("Alias for field number") else None
+
+
 class VersionsDirective(SphinxDirective):
     """`{versions}`: the packages and the machine with which the chapters were executed."""
 
@@ -69,6 +74,7 @@ class VersionsDirective(SphinxDirective):
 def setup(app):
     """Registers the extension."""
     app.connect("html-page-context", add_notebook_button, priority=400)
+    app.connect("autodoc-skip-member", skip_field_aliases)
     app.connect("html-page-context", drop_thebe, priority=900)
     app.add_directive("versions", VersionsDirective)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
