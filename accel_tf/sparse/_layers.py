@@ -1,5 +1,7 @@
 """Layers with sparse weights of a fixed pattern."""
 
+import random
+
 import keras
 import numpy as np
 
@@ -24,7 +26,8 @@ class SparseDense(keras.layers.Layer):
         activation: As in `keras.layers.Dense`.
         use_bias: Whether to add a bias.
         nonzeros: The exact number of weights, from 0 to in·units.
-        seed: Seed of the random pattern and values; `None` draws one from Keras's global seed.
+        seed: Seed of the random pattern and values; `None` draws one, repeatably after
+            `keras.utils.set_random_seed`.
         values_regularizer, bias_regularizer: Keras regularizers of the values and of the bias.
         **kwargs: `name`, `dtype`, `trainable`, as for every Keras layer.
 
@@ -66,7 +69,7 @@ class SparseDense(keras.layers.Layer):
         self.activation = keras.activations.get(activation)
         self.use_bias = bool(use_bias)
         self.nonzeros = None if nonzeros is None else int(nonzeros)
-        self.seed = seed if seed is not None else keras.random.draw_seed(None)
+        self.seed = seed if seed is not None else random.randrange(2**31)
         self.values_regularizer = keras.regularizers.get(values_regularizer)
         self.bias_regularizer = keras.regularizers.get(bias_regularizer)
         self.supports_jit = False

@@ -41,7 +41,7 @@ def sparsify(model: keras.Model, *, min_sparsity: float = 0.8) -> keras.Model:
     >>> print(at.report_of(fast))
     sparsify: 1 layers changed, 0 left alone
     layer  changed  note
-    -----  -------  ------------------------------------------
+    -----  -------  -----------------------------------------
     head   yes      Dense (64, 8), 93.8 % zeros → SparseDense
     """
     if not 0 <= min_sparsity <= 1:
