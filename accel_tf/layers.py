@@ -93,7 +93,9 @@ def require_model(model, verb: str) -> None:
 
 
 def rebuild(
-    model: keras.Model, replace: Callable[[str, keras.Layer], keras.Layer | None]
+    model: keras.Model,
+    replace: Callable[[str, keras.Layer], keras.Layer | None],
+    on_input: Callable[[int], keras.Layer | None] | None = None,
 ) -> keras.Model:
     """Returns a copy of `model`, sharing nothing with it, in which some layers are replaced.
 
@@ -105,6 +107,8 @@ def rebuild(
         model: A built functional or sequential model.
         replace: Called once per layer with its path and the layer; returns the new layer, or
             `None` to keep it. A new layer may be unbuilt: setting its weights is up to the caller.
+        on_input: Called with the position of each input of `model`; returns a layer to put behind
+            that input, or `None`.
 
     Returns:
         A new model of the same class and name, not compiled.
@@ -146,8 +150,40 @@ def rebuild(
         return new
 
     new_model = copy(model, model.name)
+    if on_input is not None:
+        new_model = _enter_by(new_model, [on_input(i) for i in range(len(new_model.inputs))])
     for old, new in kept:
         if old.weights:
             new.set_weights(old.get_weights())
         new.trainable = old.trainable
     return new_model
+
+
+def _enter_by(model, entries):
+    """Returns `model`, its layers moved to a new one whose inputs pass the layers `entries` first."""
+    if not any(entries):
+        return model
+    if isinstance(model, keras.Sequential):
+        (tensor,) = model.inputs
+        start = keras.Input(batch_shape=tensor.shape, dtype=tensor.dtype, name=tensor.name)
+        return keras.Sequential([start, *entries, *model.layers], name=model.name)
+    entered = {}
+
+    def enter(tensor):
+        if not isinstance(tensor, keras.KerasTensor) or id(tensor) not in entered:
+            return tensor
+        return entered[id(tensor)]
+
+    def call(layer, *args, **kwargs):
+        args, kwargs = keras.tree.map_structure(enter, (args, kwargs))
+        return layer(*args, **kwargs)
+
+    starts = keras.tree.map_structure(
+        lambda t: keras.Input(batch_shape=t.shape, dtype=t.dtype, name=t.name), model.input
+    )
+    for start, entry in zip(keras.tree.flatten(starts), entries, strict=True):
+        if entry is not None:
+            entered[id(start)] = entry(start)
+    return keras.models.clone_model(
+        model, input_tensors=starts, clone_function=lambda layer: layer, call_function=call
+    )

@@ -44,10 +44,10 @@ def calibrate(
 
     >>> import keras, numpy as np
     >>> import accel_tf as at
-    >>> model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1, name="dense")])
+    >>> model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
     >>> data = np.linspace(-1.0, 3.0, 20).reshape(10, 2)
     >>> quantized = at.calibrate(model, data, verbose=0)
-    >>> quantized.get_layer("dense").quantizers[0].range
+    >>> quantized.layers[0].range
     (-1.0, 3.0)
 
     Reference:

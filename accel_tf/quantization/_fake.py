@@ -68,9 +68,14 @@ def fake_quantize_weights(weights, bits: int = 8, axes: tuple[int, ...] = (-1,))
     limit = tf.reduce_max(tf.abs(weights), axis=others, keepdims=True)
     # A channel of zeros stays zero; its scale only has to be different from 0.
     scale = tf.stop_gradient(tf.maximum(limit, 1e-12)) / (2 ** (bits - 1) - 1)
+
     # Plain operations, not tf.quantization.fake_quant: a converter folds them into the constant,
     # folds a BatchNormalization on top, and finds the same per-channel grid again by itself.
-    return tf.grad_pass_through(lambda w: tf.round(w / scale) * scale)(weights)
+    def rounded(w):
+        return tf.round(w / scale) * scale
+
+    # A file needs no gradient, and tracing one for each layer would double the time to write it.
+    return rounded(weights) if _mode.get() == "freeze" else tf.grad_pass_through(rounded)(weights)
 
 
 @keras.saving.register_keras_serializable(package="accel_tf")
@@ -148,7 +153,7 @@ class FakeQuantize(keras.layers.Layer):
         if self.fixed is not None:
             return self.fixed
         with tf.init_scope():  # Also while a graph is traced, the numbers are wanted.
-            if self.built and float(self.weight.value) > 0:
+            if self.built and self.weight.numpy() > 0:
                 low, high = self._average()
                 return float(low), float(high)
         raise ValueError(

@@ -4,6 +4,8 @@ A wrapper quantizes its inputs where they are not on a grid yet, runs the layer,
 output where the integer runtime would: at the end of what it fuses into one kernel.
 """
 
+import inspect
+
 import keras
 import tensorflow as tf
 
@@ -20,7 +22,7 @@ FIXED = {
 }
 
 # Any other activation that is one integer kernel, and those that are composed here.
-ACTIVATIONS = (*FUSED, *FIXED, "silu", "leaky_relu", "elu")
+ACTIVATIONS = (*FUSED, *FIXED, "silu", "leaky_relu")
 
 
 @keras.saving.register_keras_serializable(package="accel_tf")
@@ -75,7 +77,7 @@ class QuantizedLayer(keras.layers.Wrapper):
         for quantizer in self.quantizers:
             quantizer.build()
 
-    def call(self, inputs, training=None):
+    def call(self, inputs, training=None, mask=None):
         if any(self.quantize_inputs):
             tensors = [
                 x if quantize is None else quantize(x, training=training)
@@ -84,7 +86,7 @@ class QuantizedLayer(keras.layers.Wrapper):
                 )
             ]
             inputs = keras.tree.pack_sequence_as(inputs, tensors)
-        y = self.compute(inputs, training)
+        y = self.compute(inputs, training, mask)
         if self.activation:
             if self.inner_quantizer is not None:
                 y = self.inner_quantizer(y, training=training)
@@ -93,11 +95,11 @@ class QuantizedLayer(keras.layers.Wrapper):
             y = self.output_quantizer(y, training=training)
         return y
 
-    def compute(self, inputs, training):
+    def compute(self, inputs, training, mask):
         """Returns the layer's output, before any activation that was split from it."""
         if activation_of(self.layer) == "silu":
             return activate("silu", inputs)
-        return _call(self.layer, inputs, training)
+        return _call(self.layer, inputs, training, mask)
 
     def compute_output_shape(self, input_shape):
         return self.layer.compute_output_shape(input_shape)
@@ -130,7 +132,7 @@ class QuantizedWeights(QuantizedLayer):
         scheme, quantize_inputs, output, activation, **kwargs: As for `QuantizedLayer`.
     """
 
-    def compute(self, inputs, training):
+    def compute(self, inputs, training, mask):
         kernel = self.layer.kernel
         depthwise = isinstance(self.layer, keras.layers.DepthwiseConv2D)
         axes = (-2, -1) if depthwise else (-1,)
@@ -152,10 +154,10 @@ class QuantizedAffine(QuantizedLayer):
         scheme, quantize_inputs, output, activation, **kwargs: As for `QuantizedLayer`.
     """
 
-    def compute(self, inputs, training):
+    def compute(self, inputs, training, mask):
         if isinstance(self.layer, keras.layers.BatchNormalization):
             if training and self.layer.trainable:
-                return self.layer(inputs, training=training)
+                return _call(self.layer, inputs, training, mask)
             factor, offset = _normalization(self.layer)
         else:
             channels = inputs.shape[-1]
@@ -179,7 +181,7 @@ class QuantizedReshape(QuantizedLayer):
         scheme, quantize_inputs, output, activation, **kwargs: As for `QuantizedLayer`.
     """
 
-    def compute(self, inputs, training):
+    def compute(self, inputs, training, mask):
         shape = self.layer.compute_output_shape(inputs.shape)[1:]
         if None in shape:
             return self.layer(inputs)
@@ -200,8 +202,6 @@ def activation_of(layer) -> str | None:
         return "softmax"
     if isinstance(layer, keras.layers.LeakyReLU):
         return "leaky_relu"
-    if isinstance(layer, keras.layers.ELU):
-        return "elu"
     if not hasattr(layer, "activation"):
         return None
     name = keras.activations.serialize(layer.activation)
@@ -237,7 +237,7 @@ def _normalization(layer):
     return factor, offset
 
 
-def _call(layer, inputs, training):
-    if layer._call_has_training_arg:
-        return layer(inputs, training=training)
-    return layer(inputs)
+def _call(layer, inputs, training, mask):
+    given = {"training": training, "mask": mask}
+    known = inspect.signature(layer.call).parameters
+    return layer(inputs, **{name: value for name, value in given.items() if name in known})

@@ -19,7 +19,7 @@ from accel_tf.quantization._schemes import Int8
 _L = keras.layers
 _WEIGHTED = (_L.Dense, _L.Conv2D, _L.DepthwiseConv2D)
 _AFFINE = (_L.BatchNormalization, _L.Rescaling)
-_ACTIVATION = (_L.Activation, _L.ReLU, _L.Softmax, _L.LeakyReLU, _L.ELU)
+_ACTIVATION = (_L.Activation, _L.ReLU, _L.Softmax, _L.LeakyReLU)
 # Computed by integer kernels that round once at the end, with a range of their own.
 _ARITHMETIC = (_L.Add, _L.Subtract, _L.Multiply, _L.Concatenate, _L.GlobalAveragePooling2D)
 # Those whose kernel takes in a ReLU behind them.
@@ -59,7 +59,7 @@ def quantize_aware(
     Args:
         model: A built functional or sequential model of layers that LiteRT has integer kernels
             for: Dense, Conv2D, DepthwiseConv2D, BatchNormalization, Rescaling, activations (relu,
-            relu6, leaky_relu, elu, silu, sigmoid, tanh, softmax), Add, Subtract, Multiply,
+            relu6, leaky_relu, silu, sigmoid, tanh, softmax), Add, Subtract, Multiply,
             Concatenate, max, average and global pooling, ZeroPadding2D, Cropping2D, Flatten,
             Reshape, Permute, Dropout. Nested models and shared layers are fine. It is not changed,
             and nothing is shared with it.
@@ -78,12 +78,13 @@ def quantize_aware(
 
     >>> import keras
     >>> import accel_tf as at
-    >>> model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4, name="dense")])
+    >>> model = keras.Sequential([keras.Input((8,), name="x"), keras.layers.Dense(4, name="y")])
     >>> print(at.report_of(at.quantize_aware(model)))
-    quantize_aware: 1 layers changed, 0 left alone
+    quantize_aware: 2 layers changed, 0 left alone
     layer  changed  note
-    -----  -------  ----------------------------------------------------------
-    dense  yes      input quantized, weights int8 per channel, output observed
+    -----  -------  -----------------------------------------
+    x      yes      input of the model, observed
+    y      yes      weights int8 per channel, output observed
 
     Reference:
         Jacob et al., "Quantization and Training of Neural Networks for Efficient
@@ -97,7 +98,11 @@ def rewrite(model, scheme, exclude, verb) -> keras.Model:
     graphs.require_model(model, verb)
     if not isinstance(scheme, Int8):
         raise ValueError(f"{verb} expects a scheme such as Int8(), received {scheme!r}.")
-    paths = {id(layer): path for path, layer in graphs.walk(model)}
+    paths = {
+        id(layer): path
+        for path, layer in graphs.walk(model)
+        if not isinstance(layer, keras.layers.InputLayer)
+    }
     if quantized := [path for path, layer in graphs.walk(model) if isinstance(layer, FakeQuantize)]:
         raise ValueError(
             f"Model {model.name!r} is quantized already ({report.shorten(quantized, 2)}). "
@@ -114,13 +119,26 @@ def rewrite(model, scheme, exclude, verb) -> keras.Model:
         made.append((layer, new))
         return new
 
-    new_model = graphs.rebuild(model, replace)
+    def on_input(i):
+        if not plan.inputs_on_grid[i]:
+            return None
+        # Observed once, however many layers read it: the file has one grid for each input.
+        name = f"{model.inputs[i].name}_quantizer"
+        return FakeQuantize(scheme.activation_bits, scheme.momentum, name=name)
+
+    new_model = graphs.rebuild(model, replace, on_input)
     for old, new in made:
         if old.weights:
             new.layer.set_weights(old.get_weights())
         new.trainable = old.trainable
-    entries = [report.Entry(paths[key], step.note(scheme)) for key, step in plan.steps.items()]
-    changed = {paths[id(old)] for old, _ in made}
+    entries = [
+        report.Entry(tensor.name, "input of the model, observed")
+        for tensor, on_grid in zip(model.inputs, plan.inputs_on_grid, strict=True)
+        if on_grid
+    ]
+    changed = {entry.layer for entry in entries}
+    entries += [report.Entry(paths[key], step.note(scheme)) for key, step in plan.steps.items()]
+    changed |= {paths[id(old)] for old, _ in made}
     report.attach(
         new_model,
         report.Report(
@@ -162,7 +180,13 @@ class _Plan:
         self.paths = paths
         self.excluded = excluded
         self.steps: dict[int, _Step] = {}
-        self._follow(model, [False] * len(model.inputs))
+        graph = _Graph(model)
+        self.inputs_on_grid = [
+            keras.backend.is_float_dtype(tensor.dtype)
+            and not any(id(call.layer) in excluded for call in graph.readers.get(id(tensor), []))
+            for tensor in model.inputs
+        ]
+        self._follow(model, self.inputs_on_grid)
 
     def _follow(self, model, inputs_on_grid) -> list[bool]:
         """Plans the layers of `model`; returns for each of its outputs whether it is on a grid."""
@@ -186,6 +210,9 @@ class _Plan:
             return False
         self._check(layer)
         step = self._step(layer, graph)
+        if type(layer) in _IDENTITY:
+            self.steps[id(layer)] = step
+            return all(ready)
         step.quantize_inputs = [not on for on in ready]
         if any(step.quantize_inputs) and step.wrapper is None:
             step.wrapper = _layers.QuantizedLayer
