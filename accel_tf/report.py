@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 _reports: "weakref.WeakKeyDictionary[Any, Report]" = weakref.WeakKeyDictionary()
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Table:
     """An immutable table that renders in a terminal and in a notebook.
 
@@ -53,6 +53,9 @@ class Table:
             raise ValueError(f"No column {name!r}; there are {', '.join(self.columns)}.")
         i = list(self.columns).index(name)
         return [row[i] for row in self.rows]
+
+    def __repr__(self) -> str:
+        return str(self)  # a prompt shows it as print does
 
     def __str__(self) -> str:
         grid = [list(self.columns), *([_format(cell) for cell in row] for row in self.rows)]

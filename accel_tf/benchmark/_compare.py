@@ -35,7 +35,7 @@ class Measurement:
     latency: Latency
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Comparison(Table):
     """The table that `compare` returns; index it by a model's name for the exact numbers.
 

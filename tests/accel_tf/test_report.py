@@ -19,6 +19,7 @@ def test_text_aligns_numbers_right_and_words_left():
         "longer  23",
         "Note",
     ]
+    assert repr(table) == str(table)
 
 
 @pytest.mark.parametrize(
