@@ -58,8 +58,8 @@ def fake_quantize_weights(weights, bits: int = 8, axes: tuple[int, ...] = (-1,))
     Example:
 
     >>> from accel_tf.quantization import fake_quantize_weights
-    >>> fake_quantize_weights([[0.30, -7.0], [0.12, 2.2]], bits=4).numpy().round(3).tolist()
-    [[0.3, -7.0], [0.129, 2.0]]
+    >>> fake_quantize_weights([[7.0, -14.0], [1.2, 4.9]], bits=4).numpy().tolist()
+    [[7.0, -14.0], [1.0, 4.0]]
     """
     weights = tf.convert_to_tensor(weights)
     rank = len(weights.shape)

@@ -64,8 +64,9 @@ def quantize_aware(
             Reshape, Permute, Dropout. Nested models and shared layers are fine. It is not changed,
             and nothing is shared with it.
         scheme: The number format; `Int8()` if not given.
-        exclude: Paths of layers to leave in float, as `accel_tf.report_of` shows them;
-            `*` and `?` are wildcards, and a nested model's path excludes all of it.
+        exclude: Paths of layers to leave in float, as `accel_tf.report_of` shows them; `*` and `?`
+            are wildcards, and a nested model's path excludes all of it. How a runtime computes
+            them is up to its converter; see `accel_tf.export.litert`.
 
     Returns:
         A new model of the same class, not compiled, with the layers' names kept.

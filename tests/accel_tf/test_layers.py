@@ -127,3 +127,33 @@ def test_rebuild_names_a_nested_subclassed_model():
     model = keras.Model(x, Subclassed()(x))
     with pytest.raises(ValueError, match=r"'subclassed' \(Subclassed\) is subclassed"):
         layers.rebuild(model, lambda path, layer: None)
+
+
+def test_calls_come_in_order_and_once_for_each_use_of_a_layer():
+    x = keras.Input((4,), name="x")
+    shared = keras.layers.Dense(4, name="shared")
+    model = keras.Model(x, shared(shared(x)))
+    calls = layers.calls(model)
+    assert [call.layer.name for call in calls] == ["x", "shared", "shared"]
+    assert calls[2].inputs[0] is calls[1].outputs[0]
+    sequential = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2, name="d")])
+    assert [call.layer.name for call in layers.calls(sequential)][1:] == ["d"]
+
+
+def test_rebuild_can_put_a_layer_behind_each_input():
+    a, b = keras.Input((3,), name="a"), keras.Input((3,), name="b")
+    inner = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)], name="inner")
+    model = keras.Model({"a": a, "b": b}, [inner(a), keras.layers.Add()([inner(a), inner(b)])])
+
+    def double(i):
+        return keras.layers.Rescaling(2.0, name="double") if i == 0 else None
+
+    new = layers.rebuild(model, lambda path, layer: None, double)
+    data = {"a": np.ones((1, 3)), "b": np.full((1, 3), 5.0)}
+    expected = model({"a": 2 * data["a"], "b": data["b"]})
+    for ours, theirs in zip(new(data), expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+    sequential = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
+    new = layers.rebuild(sequential, lambda path, layer: None, double)
+    assert isinstance(new, keras.Sequential)
+    np.testing.assert_allclose(new(data["a"]), sequential(2 * data["a"]), rtol=1e-6)

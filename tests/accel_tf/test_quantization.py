@@ -290,7 +290,7 @@ def test_replicas_observe_the_range_of_the_global_batch():
         quantized = at.quantize_aware(model)
         quantized.compile(keras.optimizers.SGD(0.0), "mse")
     quantized.fit(x, np.zeros((8, 2)), batch_size=8, epochs=2, shuffle=False, verbose=0)
-    assert quantized.layers[0].range == (-10.0, 1.0)
+    assert quantized.layers[0].range == pytest.approx((-10.0, 1.0))
     for variable in quantized.layers[0].variables:
         first, second = (float(v.numpy()) for v in variable.value.values)
         assert first == second
