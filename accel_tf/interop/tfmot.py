@@ -19,7 +19,7 @@ import keras
 
 from accel_tf.layers import require_model
 from accel_tf.pruning import ConstantSparsity, PolynomialDecay
-from accel_tf.pruning.schedules import Schedule
+from accel_tf.pruning._schedules import Schedule
 
 # Equal names that compute different functions: Keras 3 has relu6(x + 3) / 6, tf_keras
 # clip(0.2 x + 0.5, 0, 1).

@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 
 import accel_tf as at
-from accel_tf.pruning.constraint import MaskConstraint
+from accel_tf.pruning._constraint import MaskConstraint
 
 LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 RNG = np.random.default_rng(0)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import accel_tf as at
-from accel_tf.pruning.schedules import levels
+from accel_tf.pruning._schedules import levels
 
 SCHEDULES = [
     at.ConstantSparsity(0.8),

@@ -7,8 +7,8 @@ scope "global". `MaskConstraint` applies one of them to its weight.
 import keras
 import tensorflow as tf
 
-from accel_tf.pruning.patterns import keep_largest
-from accel_tf.pruning.schedules import Schedule, levels
+from accel_tf.pruning._patterns import keep_largest
+from accel_tf.pruning._schedules import Schedule, levels
 
 
 class StepCounter:

@@ -7,10 +7,10 @@ import numpy as np
 import tensorflow as tf
 
 from accel_tf.layers import require_model
-from accel_tf.pruning.constraint import MaskConstraint, Masks, StepCounter
-from accel_tf.pruning.patterns import Unstructured
-from accel_tf.pruning.schedules import Schedule
-from accel_tf.pruning.selection import Weight, is_kernel, weights_of
+from accel_tf.pruning._constraint import MaskConstraint, Masks, StepCounter
+from accel_tf.pruning._patterns import Unstructured
+from accel_tf.pruning._schedules import Schedule
+from accel_tf.pruning._selection import Weight, is_kernel, weights_of
 from accel_tf.report import Entry, Report, Table, attach
 
 
