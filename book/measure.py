@@ -96,6 +96,7 @@ def conv(filters):
     ]
 
 
+# %%
 cnn = keras.Sequential(
     [
         keras.Input((8, 8, 1)),
@@ -138,6 +139,7 @@ def batch(n, *shape):
     return np.random.default_rng(0).normal(size=(n, *shape)).astype("float32")
 
 
+# %%
 dense = alone((4096,), keras.layers.Dense(4096, use_bias=False))
 points = {f"Dense, batch {n}": point(dense, batch(n, 4096)) for n in (1, 4, 16, 64, 256)}
 for name, layer in (
@@ -153,40 +155,16 @@ figure, axes = plt.subplots(figsize=(7.2, 4.4))
 intensity = np.geomspace(0.2, 400, 200)
 axes.loglog(intensity, limits.attainable(intensity) / 1e9, color="black", label="roofline")
 axes.axvline(limits.ridge, color="0.6", linestyle=":", linewidth=1)
-groups = {
-    "Dense": ("o", "C0"),
-    "Conv": ("s", "C2"),
-    "Depthwise": ("D", "C3"),
-    "digits": ("^", "C1"),
-}
-for kind, (marker, color) in groups.items():
+markers = {"Dense": "o-", "digits CNN": "^-", "Conv 3×3": "s", "Depthwise 3×3": "D"}
+for kind, marker in markers.items():
     xy = np.array([p for name, p in points.items() if name.startswith(kind)])
-    label = {"Dense": "Dense 4096², batch 1…256", "digits": "digits CNN, batch 1 and 256"}.get(
-        kind, kind + " 3×3"
-    )
-    style = "-" if len(xy) > 1 else ""
-    axes.loglog(
-        xy[:, 0],
-        xy[:, 1] / 1e9,
-        marker=marker,
-        color=color,
-        linestyle=style,
-        linewidth=1,
-        label=label,
-    )
-for name, offset in {
-    "Dense, batch 1": -16,
-    "Dense, batch 256": 8,
-    "digits CNN, batch 1": 8,
-}.items():
-    at_point = points[name][0], points[name][1] / 1e9
-    axes.annotate(name, at_point, (0, offset), textcoords="offset points", ha="center", fontsize=9)
+    axes.loglog(xy[:, 0], xy[:, 1] / 1e9, marker, linewidth=1, label=kind)
+for name, above in (("Dense, batch 1", -16), ("Dense, batch 256", 8), ("digits CNN, batch 1", 8)):
+    xy = points[name][0], points[name][1] / 1e9
+    axes.annotate(name, xy, (0, above), textcoords="offset points", ha="center", fontsize=9)
 axes.text(limits.ridge, 1.3 * limits.peak / 1e9, "ridge", color="0.4", fontsize=9, ha="center")
-axes.set(
-    xlabel="arithmetic intensity [FLOP/byte]",
-    ylabel="attained [GFLOP/s]",
-    title="What real layers reach under the roof",
-)
+axes.set(xlabel="arithmetic intensity [FLOP/byte]", ylabel="attained [GFLOP/s]")
+axes.set_title("What real layers reach under the roof")
 axes.legend(loc="lower right", fontsize=9)
 plt.show()
 
@@ -266,6 +244,7 @@ def stopwatch(run):
     return time.perf_counter() - start
 
 
+# %%
 a = b = throttling()
 one_after_the_other = {
     "a": [stopwatch(a) for _ in range(150)],
@@ -362,6 +341,7 @@ with tf.profiler.experimental.Profile(folder):
     for _ in range(20):
         forward(images).numpy()
 
+# %%
 path = glob.glob(folder + "/**/*.xplane.pb", recursive=True)[0]
 trace = xplane_pb2.XSpace.FromString(open(path, "rb").read())
 cpu = next(plane for plane in trace.planes if "host:CPU" in plane.name)
@@ -409,6 +389,8 @@ separable = keras.Sequential(
         keras.layers.Dense(10, activation="softmax"),
     ]
 )
+
+# %%
 for model in (mlp, separable):
     model.compile("adam", "sparse_categorical_crossentropy")
     model.fit(x_train, y_train, batch_size=64, epochs=10, verbose=0)
