@@ -400,25 +400,28 @@ def _litert_module(name):
 def _quiet():
     """Keeps what the converter prints off the terminal; yields a function that returns it.
 
-    The C++ code writes to the file descriptors and would not heed a redirection in Python.
+    Python's part writes to `sys.stdout`, `sys.stderr` and TensorFlow's logger, the C++ part to the
+    file descriptors beneath, and a notebook has all of these apart from one another.
     """
-    with tempfile.TemporaryFile() as log, warnings.catch_warnings():
+    with contextlib.ExitStack() as stack:
+        log = stack.enter_context(tempfile.TemporaryFile())
+        stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         sys.stdout.flush()
         sys.stderr.flush()
-        saved = os.dup(1), os.dup(2)
-        try:
-            os.dup2(log.fileno(), 1)
-            os.dup2(log.fileno(), 2)
-            with contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO())):
+        for number in (1, 2):
+            original = os.dup(number)
+            stack.callback(os.close, original)
+            stack.callback(os.dup2, original, number)
+            os.dup2(log.fileno(), number)
+        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+        logger = tf.get_logger()
+        stack.callback(logger.setLevel, logger.level)
+        logger.setLevel("ERROR")
 
-                def read():
-                    log.seek(0)
-                    return log.read().decode(errors="replace")
+        def read():
+            log.seek(0)
+            return log.read().decode(errors="replace")
 
-                yield read
-        finally:
-            sys.stderr.flush()
-            for number, original in zip((1, 2), saved, strict=True):
-                os.dup2(original, number)
-                os.close(original)
+        yield read
