@@ -108,6 +108,23 @@ def test_continuous_integration_runs_the_readmes_command():
     assert "make test" in (ROOT / "README.md").read_text()
 
 
+def test_the_readmes_example_runs(tmp_path):
+    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    assert re.search(r"^float .*\n^int8 ", run.stdout, re.MULTILINE), run.stdout
+
+
+def test_api_page_lists_every_module():
+    import accel_tf
+
+    page = (ROOT / "book/api.md").read_text()
+    for module in [*set(accel_tf._MODULES) - {"interop"}, "interop.tfmot"]:
+        assert f".. automodule:: accel_tf.{module}\n" in page
+
+
 def test_make_says_what_is_missing(tmp_path):
     for arguments, message in (
         (["PYTHON="], "Python 3.10 to 3.13 is needed: apt-get install"),
