@@ -156,13 +156,14 @@ intensity = np.geomspace(0.2, 400, 200)
 axes.loglog(intensity, limits.attainable(intensity) / 1e9, color="black", label="roofline")
 axes.axvline(limits.ridge, color="0.6", linestyle=":", linewidth=1)
 markers = {"Dense": "o-", "digits CNN": "^-", "Conv 3×3": "s", "Depthwise 3×3": "D"}
+labels = {"Dense": " 4096², batch 1…256", "digits CNN": ", batch 1 and 256"}
 for kind, marker in markers.items():
     xy = np.array([p for name, p in points.items() if name.startswith(kind)])
-    axes.loglog(xy[:, 0], xy[:, 1] / 1e9, marker, linewidth=1, label=kind)
-for name, above in (("Dense, batch 1", -16), ("Dense, batch 256", 8), ("digits CNN, batch 1", 8)):
+    axes.loglog(xy[:, 0], xy[:, 1] / 1e9, marker, linewidth=1, label=kind + labels.get(kind, ""))
+for name, offset in (("Dense, batch 1", (8, -12)), ("digits CNN, batch 1", (8, -4))):
     xy = points[name][0], points[name][1] / 1e9
-    axes.annotate(name, xy, (0, above), textcoords="offset points", ha="center", fontsize=9)
-axes.text(limits.ridge, 1.3 * limits.peak / 1e9, "ridge", color="0.4", fontsize=9, ha="center")
+    axes.annotate(name, xy, offset, textcoords="offset points", fontsize=9)
+axes.text(0.9 * limits.ridge, axes.get_ylim()[0] * 1.4, "ridge", color="0.4", ha="right")
 axes.set(xlabel="arithmetic intensity [FLOP/byte]", ylabel="attained [GFLOP/s]")
 axes.set_title("What real layers reach under the roof")
 axes.legend(loc="lower right", fontsize=9)

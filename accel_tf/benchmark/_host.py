@@ -140,7 +140,7 @@ class Roofline:
         )
 
 
-def roofline(matrix: int = 1024, megabytes: int = 64, rounds: int = 10) -> Roofline:
+def roofline(matrix: int = 1024, megabytes: int = 64, rounds: int = 20) -> Roofline:
     """Measures the two limits of this machine, as TensorFlow reaches them with all its threads.
 
     The peak of arithmetic is that of a float32 product of two large square matrices; the peak of
