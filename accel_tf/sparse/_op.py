@@ -38,7 +38,8 @@ class OpVersionError(ImportError):
 
 
 def _folders() -> list[Path]:
-    """Where the library can be: beside this file, or, in an editable install, in site-packages."""
+    """Where the library can be: beside this file, or, when this file is imported from the sources,
+    in site-packages. `ACCEL_TF_OP_DIR` names another folder, such as that of a build to debug."""
     override = os.environ.get("ACCEL_TF_OP_DIR")
     if override:
         return [Path(override)]

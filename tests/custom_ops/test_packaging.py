@@ -1,7 +1,6 @@
 """The installed package: the wheel in another environment, the wrong TensorFlow, no op, the import."""
 
 import json
-import subprocess
 import sys
 import sysconfig
 import zipfile
@@ -54,24 +53,18 @@ def test_wheel_holds_the_package_the_library_and_its_record(wheel):
     assert not [name for name in names if name.startswith(("tests", "book", "custom_ops"))]
 
 
-@pytest.mark.parametrize("folder", ["/", ROOT], ids=["root", "repository"])
-def test_wheel_runs_from_any_folder(environment, folder):
+def test_wheel_runs_from_any_folder(environment):
     python, site = environment
-    # -P: the current folder is not on the path, as with an installed script.
-    isa, file = succeed(
-        python,
-        *(["-P"] if sys.version_info >= (3, 11) and folder == ROOT else []),
-        "-c",
-        PRODUCT,
-        cwd=folder,
-    ).split()
+    isa, file = succeed(python, "-c", PRODUCT, cwd="/").split()
     assert isa != "tensorflow" and file.startswith(str(site))
+    # In the repository, Python imports the sources that lie there; they find the wheel's library.
+    isa, file = succeed(python, "-c", PRODUCT, cwd=ROOT).split()
+    assert isa != "tensorflow" and file.startswith(str(ROOT / "accel_tf"))
 
 
 def test_editable_install_runs_from_any_folder(tmp_path):
-    for folder in (tmp_path, ROOT):
-        isa, file = succeed(sys.executable, "-c", PRODUCT, cwd=folder).split()
-        assert isa != "tensorflow" and file.startswith(str(ROOT))
+    isa, file = succeed(sys.executable, "-c", PRODUCT, cwd=tmp_path).split()
+    assert isa != "tensorflow" and file.startswith(str(ROOT))
 
 
 def test_another_tensorflow_is_refused_with_the_way_out(environment):
@@ -79,23 +72,19 @@ def test_another_tensorflow_is_refused_with_the_way_out(environment):
     record = site / "accel_tf" / "sparse" / "_accel_tf_ops.json"
     built = json.loads(record.read_text())
     record.write_text(json.dumps({**built, "tensorflow": "2.7.1"}))
-    result = run(python, "-c", PRODUCT, cwd="/")
-    assert result.returncode != 0
+    # The techniques that need no op still work; so the first line must not fail.
+    result = run(
+        python, "-c", "import accel_tf as at; at.report, at.layers; print(1); at.sparse", cwd="/"
+    )
+    assert result.returncode != 0 and result.stdout == "1\n"
     error = result.stderr
     assert "OpVersionError: The compiled op of accel_tf was built for TensorFlow 2.7.1" in error
     assert f"but TensorFlow {built['tensorflow']} is running" in error
     assert "pip install --no-build-isolation" in error
-    # The techniques that need no op still work.
-    succeed(python, "-c", "import accel_tf; accel_tf.report, accel_tf.layers", cwd="/")
-    # A patch release keeps the interface.
-    major_minor = ".".join(built["tensorflow"].split(".")[:2])
-    record.write_text(json.dumps({**built, "tensorflow": f"{major_minor}.99"}))
-    succeed(python, "-c", PRODUCT, cwd="/")
 
 
-def test_without_the_op_tensorflow_computes_the_same_and_says_so_once(environment):
+def test_without_the_op_tensorflow_computes_the_same_and_says_so_once(environment, tmp_path):
     python, site = environment
-    (site / "accel_tf" / "sparse" / "_accel_tf_ops.so").unlink()
     code = """
 import warnings
 with warnings.catch_warnings(record=True) as caught:
@@ -127,7 +116,8 @@ with warnings.catch_warnings(record=True) as caught:
 assert at.sparse.isa() == "tensorflow"
 print(sum("found no compiled op" in str(w.message) for w in caught))
 """
-    assert succeed(python, "-c", code, cwd="/").split() == ["1"]
+    empty = {"ACCEL_TF_OP_DIR": str(tmp_path)}
+    assert succeed(python, "-c", code, cwd="/", env=empty).split() == ["1"]
 
 
 def test_import_costs_little():
@@ -138,11 +128,4 @@ import accel_tf
 print(time.perf_counter() - start)
 """
 
-    def seconds():
-        return float(
-            subprocess.run(
-                [sys.executable, "-c", code], check=True, capture_output=True, text=True
-            ).stdout
-        )
-
-    assert min(seconds() for _ in range(3)) < 0.2
+    assert min(float(succeed(sys.executable, "-c", code)) for _ in range(2)) < 0.2
