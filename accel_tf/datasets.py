@@ -28,7 +28,7 @@ def digits() -> tuple[_Split, _Split]:
 
     Example:
 
-    >>> (x_train, y_train), (x_test, y_test) = digits()
+    >>> (x_train, y_train), (x_test, y_test) = at.datasets.digits()
     >>> x_train.shape, x_test.shape
     ((1437, 8, 8, 1), (360, 8, 8, 1))
     """
@@ -72,7 +72,7 @@ def mnist1d(samples: int = 4000, test_samples: int = 1000, seed: int = 42) -> tu
 
     Example:
 
-    >>> (x_train, y_train), (x_test, y_test) = mnist1d(samples=80, test_samples=20)
+    >>> (x_train, y_train), (x_test, y_test) = at.datasets.mnist1d(samples=80, test_samples=20)
     >>> x_train.shape, y_test.shape
     ((80, 40, 1), (20,))
     """

@@ -1,7 +1,7 @@
 """Data parallelism on one machine: the same model on several devices, each on its share of a batch.
 
 Three steps make a training script data parallel: build and compile the model in the strategy's
-scope, let the global batch grow with the number of replicas, and keep the last batch even:
+scope, let the global batch grow with the number of replicas, and keep the last batch even::
 
     strategy = mirrored_strategy()
     batch, rate = scale_batch(strategy, per_replica_batch=32, learning_rate=0.01)
@@ -49,7 +49,7 @@ def mirrored_strategy(devices: int | Sequence[str] | None = None) -> tf.distribu
 
     Example:
 
-    >>> strategy = mirrored_strategy(["CPU:0", "CPU:1"])
+    >>> strategy = at.mirrored_strategy(["CPU:0", "CPU:1"])
     >>> strategy.num_replicas_in_sync
     2
     """
@@ -109,8 +109,8 @@ def scale_batch(
 
     Example:
 
-    >>> strategy = mirrored_strategy(["CPU:0", "CPU:1"])
-    >>> scale_batch(strategy, per_replica_batch=32, learning_rate=0.1)
+    >>> strategy = at.mirrored_strategy(["CPU:0", "CPU:1"])
+    >>> at.distribute.scale_batch(strategy, per_replica_batch=32, learning_rate=0.1)
     ScaledBatch(global_batch=64, learning_rate=0.2)
     """
     factors = {"linear": 1.0, "sqrt": 0.5}
@@ -150,7 +150,7 @@ def even_batches(samples: tf.data.Dataset, batch_size: int) -> tf.data.Dataset:
     Example:
 
     >>> samples = tf.data.Dataset.from_tensor_slices(([[1.0], [2.0], [3.0]], [0, 1, 1]))
-    >>> for x, y, weight in even_batches(samples, 2):
+    >>> for x, y, weight in at.distribute.even_batches(samples, 2):
     ...     print(x.numpy().ravel(), y.numpy(), weight.numpy())
     [1. 2.] [0 1] [1. 1.]
     [3. 3.] [1 1] [2. 0.]

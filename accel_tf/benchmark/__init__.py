@@ -1,5 +1,7 @@
 """Where time and memory go: what a model costs, measured and counted.
 
+::
+
     compare             accuracy, size, FLOPs and latency of several models, as one table
     measure_latency     median and spread of the latency, candidates interleaved
     flops               multiplications and additions of the contractions in the graph

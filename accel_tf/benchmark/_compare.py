@@ -83,7 +83,7 @@ def compare(
         verbose: 0 is silent, 1 shows a progress bar when it takes longer than two seconds.
 
     Returns:
-        A `Comparison`: a `Table` for the terminal and the notebook, whose exact numbers are in
+        A `Comparison`, which is a `Table` for the terminal and the notebook. Its exact numbers are in
         `comparison["name"]`, a `Measurement`.
 
     Raises:
@@ -95,7 +95,7 @@ def compare(
     >>> x, y = np.eye(4, dtype="float32"), np.arange(4)
     >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(4, "softmax", False)])
     >>> model.set_weights([np.eye(4)])
-    >>> table = compare({"identity": model}, x, y, verbose=0)
+    >>> table = at.compare({"identity": model}, x, y, verbose=0)
     >>> table["identity"].score, table["identity"].parameters, table["identity"].nonzero
     (1.0, 16, 4)
     """

@@ -44,7 +44,7 @@ def parameters(model: keras.Model) -> Parameters:
     Example:
 
     >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
-    >>> parameters(model).total  # a 3×2 kernel and 2 biases
+    >>> at.benchmark.parameters(model).total  # a 3×2 kernel and 2 biases
     8
     """
     layers.require_model(model, "parameters")
@@ -74,7 +74,7 @@ def file_size(model) -> FileSize:
     Example:
 
     >>> model = keras.Sequential([keras.Input((100,)), keras.layers.Dense(100)])
-    >>> file_size(model).plain > 4 * model.count_params()  # four bytes each, and the container
+    >>> at.benchmark.file_size(model).plain > 4 * model.count_params()  # four bytes each, and the container
     True
     """
     if isinstance(model, (str, os.PathLike)):
@@ -116,7 +116,7 @@ def flops(model: keras.Model, x=None) -> int:
     Example:
 
     >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
-    >>> flops(model)  # 2 · 3 · 2
+    >>> at.benchmark.flops(model)  # 2 · 3 · 2
     12
     """
     layers.require_model(model, "flops")

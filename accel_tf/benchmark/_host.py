@@ -70,11 +70,11 @@ def host() -> Host:
     """Describes this machine and the versions in use, to stand beside every measurement.
 
     Returns:
-        A `Host`: its `str` is one line, in a notebook it is a table.
+        A `Host`; its `str` is one line, in a notebook it is a table.
 
     Example:
 
-    >>> host().cores >= 1
+    >>> at.benchmark.host().cores >= 1
     True
     """
     info = _read("/proc/cpuinfo")
@@ -166,7 +166,7 @@ def roofline(matrix: int = 1024, megabytes: int = 64, rounds: int = 20) -> Roofl
 
     Example:
 
-    >>> limits = roofline(matrix=256, megabytes=8, rounds=5)
+    >>> limits = at.benchmark.roofline(matrix=256, megabytes=8, rounds=5)
     >>> bool(limits.attainable(1e9) == limits.peak)
     True
     """

@@ -25,12 +25,12 @@ class Latency:
 
     @property
     def median(self) -> float:
-        """The median: half of the calls were faster."""
+        """The median; half of the calls were faster."""
         return float(np.median(self.samples))
 
     @property
     def spread(self) -> float:
-        """The interquartile range: the middle half of the calls lies within it."""
+        """The interquartile range; the middle half of the calls lies within it."""
         low, high = np.percentile(self.samples, [25, 75])
         return float(high - low)
 
@@ -83,8 +83,7 @@ def measure_latency(
 
     Example:
 
-    >>> import numpy as np
-    >>> times = measure_latency({"sort": np.sort, "sum": np.sum}, np.ones(1000), verbose=0)
+    >>> times = at.measure_latency({"sort": np.sort, "sum": np.sum}, np.ones(1000), verbose=0)
     >>> times["sort"].median > 0
     True
     """
