@@ -192,9 +192,9 @@ def shorten(names: Iterable[str], limit: int = 6) -> str:
 
 
 def _is_number(cell) -> bool:
-    return isinstance(cell, (int, float)) or (
-        isinstance(cell, str) and cell[:1].isdigit() or cell in ("–", "")
-    )
+    if isinstance(cell, str):
+        return cell[:1].isdigit() or cell in ("–", "")
+    return cell is None or isinstance(cell, (int, float))
 
 
 def _format(cell) -> str:

@@ -96,9 +96,9 @@ def measure_latency(
         )
     for name, candidate in candidates.items():
         _candidates.check(name, candidate)
-    arrays = _candidates.as_arrays(x)
     runners = {
-        name: _candidates.runner(c, arrays if _is_model(c) else x) for name, c in candidates.items()
+        name: _candidates.runner(c, _candidates.as_arrays(x) if _is_model(c) else x)
+        for name, c in candidates.items()
     }
     for run in runners.values():
         for _ in range(warmup):

@@ -13,6 +13,7 @@ import pytest
 import tensorflow as tf
 from keras import layers
 
+import accel_tf
 from accel_tf import benchmark
 from accel_tf.benchmark import _candidates
 
@@ -109,6 +110,18 @@ def test_flops_do_not_depend_on_zeros_or_precision():
     assert benchmark.flops(model) == 32
     keras.config.set_dtype_policy("mixed_float16")
     assert benchmark.flops(sequential((4,), layers.Dense(4))) == 32
+
+
+def test_a_sparse_layer_counts_its_nonzeros_only():
+    model = sequential((32,), layers.Dense(16))
+    kernel = model.layers[0].kernel.numpy()
+    model.layers[0].kernel.assign(kernel * (np.abs(kernel) > np.quantile(np.abs(kernel), 0.9)))
+    sparse = accel_tf.sparsify(model)
+    nonzero = np.count_nonzero(model.layers[0].kernel)
+    assert benchmark.flops(sparse) == 2 * nonzero
+    assert benchmark.flops(sparse, np.zeros((8, 32))) == 8 * 2 * nonzero
+    assert benchmark.parameters(sparse).total == nonzero + 16  # positions are no parameters
+    assert benchmark.parameters(model).nonzero == benchmark.parameters(sparse).nonzero == nonzero
 
 
 @pytest.mark.parametrize(

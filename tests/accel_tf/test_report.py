@@ -30,6 +30,14 @@ def test_cells_are_formatted(cell, text):
     assert f">{text}</td>" in Table(["c"], [[cell]])._repr_html_()
 
 
+def test_a_missing_number_does_not_turn_its_column_left():
+    assert str(Table(["n"], [["12.5 k"], [None], [7]])).splitlines()[2:] == [
+        "12.5 k",
+        "     –",
+        "     7",
+    ]
+
+
 def test_html_escapes_what_users_name():
     page = Table(["<b>"], [["a & b"]], title="<t>", note="<n>")._repr_html_()
     assert "&lt;b&gt;" in page and "a &amp; b" in page
