@@ -68,9 +68,7 @@ class Masks:
                 for v in self.variables
             }
             self.latest = _local_variable(tf.constant(-1, tf.int64), "latest_update")
-        # Each weight's constraint contains the update. One weight's is small; that of all weights
-        # together is a function, so that it is traced once, not once for each weight.
-        self._update = self._decide if len(self.variables) == 1 else tf.function(self._decide)
+        self._traced = tf.function(self._decide)
 
     @property
     def unfinished(self) -> str:
@@ -84,8 +82,7 @@ class Masks:
     def remove(self, variable) -> None:
         """Leaves `variable` to another call of `prune`; the others keep their common sparsity."""
         self.variables = [v for v in self.variables if v is not variable]
-        if isinstance(self._update, tf.types.experimental.PolymorphicFunction):
-            self._update = tf.function(self._decide)
+        self._traced = tf.function(self._decide)
 
     def update(self, step=None) -> None:
         """Updates the masks if the schedule has an update since the last one.
@@ -96,7 +93,11 @@ class Masks:
         due = self.schedule.latest_update(self._step() if step is None else step)
         # Not `updates_at(step)`: the first weight's constraint updates the masks of all, and a run
         # resumed from a checkpoint has to catch up.
-        tf.cond(tf.not_equal(due, self.latest), lambda: self._update(due), lambda: None)
+        # Each weight's constraint contains the update, so in a graph the update of all weights
+        # together is a function: it is traced once, not once for each weight.
+        shared = len(self.variables) > 1 and not tf.executing_eagerly()
+        decide = self._traced if shared else self._decide
+        tf.cond(tf.not_equal(due, self.latest), lambda: decide(due), lambda: None)
 
     def _decide(self, due):
         frozen = [v.path for v in self.variables if not v.trainable]
