@@ -19,6 +19,8 @@ from typing import NamedTuple
 import keras
 import numpy as np
 import tensorflow as tf
+from keras.src.models.functional import Functional  # Keras exports no public name for it.
+from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
 from accel_tf import layers as graphs
 from accel_tf import report
@@ -133,7 +135,7 @@ def litert(
     quantizers = [layer for _, layer in graphs.walk(model) if isinstance(layer, QuantizedLayer)]
     for layer in quantizers:
         _require_exportable(layer)
-    content = _convert(_plain(model, bool(quantizers)), batch_size, bool(quantizers), allow_float)
+    content = _convert(_plain(model), batch_size, bool(quantizers), allow_float)
     found = _inspect(content, path)
     if quantizers and not allow_float and found.not_int8:
         raise ValueError(
@@ -320,10 +322,11 @@ def _require_exportable(layer):
         _ = quantizer.range  # Raises a ValueError naming the layer if no data has been seen.
 
 
-def _plain(model, quantized):
+def _plain(model):
     """Returns a model that computes in float32 and lives on no distribution strategy."""
     policies = {layer.compute_dtype for _, layer in graphs.walk(model)}
-    if not quantized and policies <= {"float32", None}:
+    mirrored = any(isinstance(v.value, tf.distribute.DistributedValues) for v in model.variables)
+    if policies <= {"float32", None} and not mirrored:
         return model
     copy = graphs.rebuild(model, lambda path, layer: None)
     for _, layer in graphs.walk(copy):
@@ -332,27 +335,43 @@ def _plain(model, quantized):
 
 
 def _convert(model, batch_size, quantized, allow_float) -> bytes:
-    if batch_size is not None:
-        inputs = [
-            keras.Input(batch_shape=(batch_size, *t.shape[1:]), dtype=t.dtype, name=t.name)
-            for t in model.inputs
-        ]
-        is_list = isinstance(model, keras.Sequential)
-        packed = inputs[0] if is_list else keras.tree.pack_sequence_as(model.input, inputs)
-        model = keras.Model(packed, model(packed))
-    with _quiet() as log, freezing():
-        converter = tf.lite.TFLiteConverter.from_keras_model(model)
-        if quantized:
-            converter.optimizations = [tf.lite.Optimize.DEFAULT]
-            if not allow_float:
-                converter.inference_input_type = converter.inference_output_type = tf.int8
+    with _quiet() as log, freezing(), tempfile.TemporaryDirectory() as folder:
         try:
+            converter = _converter(model, batch_size, folder)
+            if quantized:
+                converter.optimizations = [tf.lite.Optimize.DEFAULT]
+                if not allow_float:
+                    converter.inference_input_type = converter.inference_output_type = tf.int8
             return converter.convert()
         except Exception as error:
             raise ValueError(
                 f"TensorFlow's converter to LiteRT failed on model {model.name!r}: "
                 f"{str(error)[-500:]}\n{log()[-1000:]}"
             ) from error
+
+
+def _converter(model, batch_size, folder):
+    if not isinstance(model, (keras.Sequential, Functional)):
+        if batch_size is not None:
+            raise ValueError("a fixed batch size needs a functional or sequential model.")
+        return tf.lite.TFLiteConverter.from_keras_model(model)
+    specs = [
+        tf.TensorSpec((batch_size or t.shape[0], *t.shape[1:]), t.dtype, name=t.name)
+        for t in model.inputs
+    ]
+
+    def forward(*tensors):
+        single = isinstance(model, keras.Sequential)
+        packed = tensors[0] if single else keras.tree.pack_sequence_as(model.input, tensors)
+        return model(packed, training=False)
+
+    # A graph without variables is saved and read back in a third of the time that a model takes,
+    # and that is where a conversion spends it.
+    graph = tf.function(forward, autograph=False).get_concrete_function(*specs)
+    module = tf.Module()
+    module.graph = convert_variables_to_constants_v2(graph)
+    tf.saved_model.save(module, folder, signatures=module.graph)
+    return tf.lite.TFLiteConverter.from_saved_model(folder)
 
 
 def _inspect(content: bytes, path: pathlib.Path) -> LiteRTFile:

@@ -144,8 +144,12 @@ def rebuild(
                 "to rebuild. Write it as a functional or sequential model, or apply the technique "
                 "to the functional models inside it."
             )
-        # A compiled model's clone would be compiled too; the caller decides about that.
-        new = keras.models.clone_model(part, clone_function=clone)
+        # A compiled model's clone would be compiled too, with what its loss and metrics were then.
+        compiled, part.compiled = part.compiled, False
+        try:
+            new = keras.models.clone_model(part, clone_function=clone)
+        finally:
+            part.compiled = compiled
         new.trainable = part.trainable if not part.trainable else new.trainable
         return new
 

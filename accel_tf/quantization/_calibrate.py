@@ -94,7 +94,11 @@ def calibrate(
 
 def _batches(data, batch_size):
     if isinstance(data, tf.data.Dataset):
+        if data.cardinality() == tf.data.INFINITE_CARDINALITY:
+            raise ValueError("calibrate needs a finite dataset; end this one with .take(batches).")
         return data
+    if isinstance(data, keras.utils.PyDataset):
+        return [data[i] for i in range(len(data))]
     arrays = keras.tree.flatten(data) if isinstance(data, (list, dict)) else [data]
     if not all(hasattr(array, "shape") and len(array.shape) for array in arrays):
         return data

@@ -157,3 +157,10 @@ def test_rebuild_can_put_a_layer_behind_each_input():
     new = layers.rebuild(sequential, lambda path, layer: None, double)
     assert isinstance(new, keras.Sequential)
     np.testing.assert_allclose(new(data["a"]), sequential(2 * data["a"]), rtol=1e-6)
+
+
+def test_rebuild_leaves_compilation_to_the_caller():
+    model = nested_and_shared()
+    model.compile("sgd", lambda y, p: p)
+    new = layers.rebuild(model, lambda path, layer: None)
+    assert model.compiled and not new.compiled

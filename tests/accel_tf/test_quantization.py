@@ -410,6 +410,8 @@ def test_data_that_calibrates_nothing_is_an_error():
     bad[5] = np.inf
     with pytest.raises(ValueError, match="Batch 2 of the calibration data has NaN or infinite"):
         at.calibrate(model, bad, batch_size=2, verbose=0)
+    with pytest.raises(ValueError, match=r"finite dataset.*take\(batches\)"):
+        at.calibrate(model, tf.data.Dataset.from_tensors(np.ones((1, 8, 8, 1))).repeat(), verbose=0)
     with pytest.raises(ValueError, match=r"same length, received \[2, 3\]"):
         at.calibrate(two_inputs(), [np.ones((2, 3)), np.ones((3, 3))], verbose=0)
 
