@@ -26,7 +26,7 @@ import yaml
 from jupyter_cache import get_cache
 from jupyter_cache.base import CacheBundleIn
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError, CellTimeoutError
+from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 
 ROOT = Path(__file__).resolve().parents[2]
 # What a chapter's outputs depend on besides its own cells.
@@ -104,10 +104,13 @@ def execute(name: str, root: Path = ROOT) -> tuple[float, bool]:
             extra_arguments=["--log-level=ERROR"],
             resources={"metadata": {"path": str(path.parent)}},
         )
+        # What libraries write past Python, as TensorFlow does when it starts, is not for the console.
+        log = root / "_build" / f"{name}.log"
         try:
-            client.execute()
-        except (CellExecutionError, CellTimeoutError) as error:
-            raise ChapterError(f"Chapter book/{name}.py failed:\n{error}") from None
+            with open(log, "w") as stderr:
+                client.execute(stderr=stderr)
+        except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
+            raise ChapterError(f"Chapter book/{name}.py failed (log: {log}):\n{error}") from None
         _check_outputs(notebook, name)
         seconds = time.perf_counter() - start
         with _lock(root / "_build", "cache"):

@@ -56,7 +56,7 @@ def test_the_command_fails_and_names_the_chapter(small_book):
         [sys.executable, root / "book/_ext/build.py"], capture_output=True, text=True, check=False
     )
     assert run.returncode == 1
-    assert "book/one.py failed" in run.stderr
+    assert "book/one.py failed (log: " in run.stderr
 
 
 def test_warning_in_a_cell_fails(small_book, book_build):
