@@ -5,6 +5,7 @@ Both render as text (`print`) and as HTML (the last expression of a notebook cel
 
 import dataclasses
 import html
+import re
 import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -76,7 +77,7 @@ class Table:
 
         def line(row, tag):
             cells = (
-                f'<{tag} style="text-align:{a}">{html.escape(c)}</{tag}>'
+                f'<{tag} style="text-align:{a}">{_unbroken(html.escape(c))}</{tag}>'
                 for c, a in zip(row, align, strict=True)
             )
             return f"<tr>{''.join(cells)}</tr>"
@@ -189,6 +190,11 @@ def shorten(names: Iterable[str], limit: int = 6) -> str:
     names = list(names)
     tail = f", … ({len(names) - limit} more)" if len(names) > limit else ""
     return ", ".join(names[:limit]) + tail
+
+
+def _unbroken(text: str) -> str:
+    """Keeps a number and its unit on one line, as in `1.2 kB`."""
+    return re.sub(r"(?<=\d) (?=[^\W\d])", "&nbsp;", text)
 
 
 def _is_number(cell) -> bool:

@@ -359,14 +359,16 @@ assert distance(local_one, synced) < 1e-3
 # ```python
 # import accel_tf as at
 #
-# strategy = at.mirrored_strategy()                       # first; every GPU, else two logical CPU devices
-# batch, rate = at.distribute.scale_batch(strategy, per_replica_batch=32, learning_rate=0.05)
+# strategy = at.mirrored_strategy()  # first; all GPUs, else two logical CPU devices
+# batch, rate = at.distribute.scale_batch(strategy, 32, learning_rate=0.05)
 #
 # with strategy.scope():
 #     model = make_model()
-#     model.compile(keras.optimizers.SGD(rate, momentum=0.9), loss, weighted_metrics=["accuracy"])
+#     optimizer = keras.optimizers.SGD(rate, momentum=0.9)
+#     model.compile(optimizer, loss, weighted_metrics=["accuracy"])
 #
-# model.fit(at.distribute.even_batches(samples.shuffle(10_000), batch), epochs=10)
+# batches = at.distribute.even_batches(samples.shuffle(10_000), batch)
+# model.fit(batches, epochs=10)
 # ```
 #
 # See {py:func}`accel_tf.distribute.mirrored_strategy`, {py:func}`accel_tf.distribute.scale_batch`,

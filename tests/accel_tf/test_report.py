@@ -45,6 +45,11 @@ def test_html_escapes_what_users_name():
     assert "<b>" not in page and "<t>" not in page and "<n>" not in page
 
 
+def test_html_keeps_numbers_and_units_together():
+    page = Table(["size"], [["1.2 kB"], ["12 µs ± 3 µs"], ["conv 3 × 3"]])._repr_html_()
+    assert "1.2&nbsp;kB" in page and "12&nbsp;µs ± 3&nbsp;µs" in page and "conv 3 × 3" in page
+
+
 def test_an_empty_table_has_its_headings():
     assert str(Table(["one", "two"], [])).splitlines() == ["one  two", "---  ---"]
     assert "<tbody></tbody>" in Table(["one"], [])._repr_html_()
