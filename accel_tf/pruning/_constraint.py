@@ -36,11 +36,17 @@ class StepCounter:
                 f"it, but the model {state}. In a custom training loop, or if it is a part of the "
                 "model that is trained, call prune(…, optimizer=the_one_that_trains)."
             )
+        inner = getattr(optimizer, "inner_optimizer", optimizer)
+        if inner.use_ema:
+            raise ValueError(
+                f"The optimizer {inner.name!r} of model {self._model.name!r} has use_ema=True: it "
+                "replaces the weights by a moving average, in which pruned weights are not zero. "
+                "Train with use_ema=False while the model is pruned."
+            )
         # A model that was compiled anew since `prune` has an optimizer that starts at zero.
         offset = self._offset if optimizer is self._at_call else self._initial
         # Keras applies constraints before it counts the batch. With gradient accumulation a step
         # is several batches, of which `optimizer.iterations` tells whole steps only.
-        inner = getattr(optimizer, "inner_optimizer", optimizer)
         batches = tf.cast(inner._iterations.value, tf.int64) + 1
         return batches // (inner.gradient_accumulation_steps or 1) + offset
 

@@ -34,7 +34,9 @@ def prune(
     Steps count from this call, under any optimizer. Call `prune` again to replace the schedule of
     the weights it selects; the others keep theirs. Call it again after loading a model, too:
     a file holds the zeros, not the schedule. A `tf.function` of your own that contains the training
-    step has to be made after the call, as it records the constraints it finds.
+    step has to be made after the call, as it records the constraints it finds. Callbacks that bring
+    back earlier weights (`EarlyStopping(restore_best_weights=True)`) bring back their sparsity, too:
+    let them start after the schedule's end, with `start_from_epoch`.
 
     Zeros alone make files smaller once they are compressed, not models faster: Keras's dense
     kernels multiply by zero. `accel_tf.sparsify` does not.
@@ -181,12 +183,19 @@ def _constrain(variable, masks: Masks):
 
 def _report(weights: list[Weight], schedule: Schedule) -> Report:
     level, step = schedule.sparsity_at(schedule.reached_at), schedule.reached_at
-    done, left = {}, {}
-    for path, _, v, reason in weights:
-        if not reason:
-            note = f"{v.name} {tuple(v.shape)}: {level:.4g} by step {step}"
-            done[path] = f"{done[path]}, {note}" if path in done else note
-        elif path not in left or len(v.shape) >= 2:
-            left[path] = reason
-    skipped = tuple(Entry(path, reason) for path, reason in left.items() if path not in done)
-    return Report("prune", tuple(Entry(*item) for item in done.items()), skipped)
+    layers: dict[str, list[Weight]] = {}
+    for weight in sorted(weights, key=lambda w: len(w.variable.shape) < 2):
+        layers.setdefault(weight.path, []).append(weight)
+    done, left = [], []
+    for path in dict.fromkeys(w.path for w in weights):  # in the model's order
+        pruned, others = [], []
+        for _, _, v, reason in layers[path]:
+            if not reason:
+                pruned.append(f"{v.name} {tuple(v.shape)}: {level:.4g} by step {step}")
+            elif len(v.shape) >= 2:
+                others.append(f"not {v.name}: {reason}")
+        if pruned:
+            done.append(Entry(path, "; ".join(pruned + others)))
+        else:
+            left.append(Entry(path, layers[path][0].reason))  # a kernel's, if it has one
+    return Report("prune", tuple(done), tuple(left))

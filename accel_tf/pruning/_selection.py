@@ -73,7 +73,8 @@ def _reason(v, layer, explicit: bool) -> str:
 
 def _unusual(v, layer) -> str:
     kinds = (keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D)
-    if isinstance(layer, kinds) or v.name == "depthwise_kernel":
+    one_input_each = getattr(layer, "groups", 1) > 1 and v.shape[-2] == 1
+    if isinstance(layer, kinds) or v.name == "depthwise_kernel" or one_input_each:
         return "a depthwise kernel, few weights that all matter; name it in include to prune it"
     if not v.name.endswith("kernel"):
         return f"{v.name} is not a kernel; name its layer in include to prune it"

@@ -126,6 +126,25 @@ def test_mixed_precision_with_skipped_steps(jit_compile):
     assert model.layers[0].kernel.dtype == "float32"
 
 
+def test_moving_averages_are_refused():
+    """At the end of `fit`, Keras puts averages of earlier weights into the model: not zeros."""
+    model = cnn()
+    at.prune(model, at.ConstantSparsity(0.5))
+    model.compile(keras.optimizers.SGD(use_ema=True, name="averaging"), LOSS)
+    with pytest.raises(ValueError, match="'averaging' of model 'sequential' has use_ema=True"):
+        model.fit(X, Y, verbose=0)
+
+
+def test_bfloat16_weights():
+    """Eight bits of precision: ties everywhere."""
+    keras.config.set_dtype_policy("bfloat16")
+    model = cnn()
+    at.prune(model, SCHEDULE, scope="global")
+    model.compile("sgd", LOSS)
+    assert model.layers[0].kernel.dtype == "bfloat16"
+    assert fit(model, Check(SCHEDULE, "global"))[-1] == 12
+
+
 def test_gradient_accumulation():
     model = cnn()
     at.prune(model, SCHEDULE)
@@ -362,7 +381,8 @@ def test_what_is_pruned_by_default_and_by_choice():
     assert {"query", "key", "value", "attention_output", "separable", "out"} < set(done)
     (cells,) = {n for layer, n in done.items() if "lstm" in layer}
     assert "recurrent_kernel (4, 16)" in cells and "; kernel" not in cells
-    assert "pointwise" in done["separable"] and "depthwise" not in done["separable"]
+    assert "pointwise_kernel (1, 8, 8): 0.5" in done["separable"]
+    assert "not depthwise_kernel: a depthwise kernel, few weights" in done["separable"]
     left = dict(report.skipped)
     assert set(left) == {"words", "norm", "frozen"}
     assert "embeddings is not a kernel" in left["words"]
@@ -385,6 +405,19 @@ def test_what_is_pruned_by_default_and_by_choice():
     assert [e.layer for e in by_function.done] == ["out"]
     by_layer = at.prune(model, at.ConstantSparsity(0.5), include=model.get_layer("out"))
     assert by_layer.done == by_function.done
+
+
+def test_grouped_convolutions():
+    model = keras.Sequential(
+        [
+            keras.Input((8, 8, 4)),
+            keras.layers.Conv2D(4, 3, groups=4, name="depthwise"),
+            keras.layers.Conv2D(4, 3, groups=2, name="grouped"),
+        ]
+    )
+    report = at.prune(model, at.ConstantSparsity(0.5))
+    assert [e.layer for e in report.done] == ["grouped"]
+    assert "a depthwise kernel" in report.skipped[0].note
 
 
 def test_mobilenet_v2():
