@@ -1,5 +1,6 @@
 """The sparse matrix, and the product with it."""
 
+import keras
 import numpy as np
 import tensorflow as tf
 
@@ -46,6 +47,8 @@ class SparseMatrix:
             )
         pointers = _integers("row_pointers", row_pointers, np.int64)
         columns = _integers("columns", columns, np.int32)
+        if isinstance(values, keras.Variable):
+            values = values.value
         if not (tf.is_tensor(values) or isinstance(values, tf.Variable)):
             values = np.asarray(values, np.float32)
         if tuple(values.shape) != columns.shape:

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -229,6 +230,22 @@ def test_a_dense_matrix_is_refused():
 def test_malformed_matrices(arguments, message):
     with pytest.raises(ValueError, match=message):
         at.SparseMatrix(*arguments)
+
+
+def test_gradients_reach_a_keras_variable():
+    matrix = at.SparseMatrix.from_dense(np.eye(2))
+    variable = keras.Variable([3.0, 5.0])
+    with tf.GradientTape() as tape:
+        y = at.sparse_matmul(np.array([7, 11], np.float32), matrix.with_values(variable))
+    np.testing.assert_array_equal(y, [21, 55])
+    np.testing.assert_array_equal(tape.gradient(y, variable.value), [7, 11])
+
+
+def test_a_matrix_is_immutable():
+    matrix = at.SparseMatrix.from_dense(np.eye(2))
+    for name in ("shape", "values", "row_pointers", "columns"):
+        with pytest.raises(AttributeError):
+            setattr(matrix, name, None)
 
 
 def test_values_must_be_float32():
