@@ -279,14 +279,14 @@ assert mean["global"][0.8] > mean["layer"][0.8] + 15  # global wins, without tra
 assert mean["trained"][0.9] > reference - 3  # ninety per cent for free
 assert mean["trained"][0.95] > mean["global"][0.95] + 10  # training recovers
 assert mean["trained"][0.98] < reference - 3  # but there is a cliff
-glue("reference", reference, display=False)
+glue("reference", float(reference), display=False)
 for name, level in [
     ("layer", 0.8),
     ("global", 0.8),
     ("global", 0.95),
     *zip(["trained"] * 3, TRAINED, strict=True),
 ]:
-    glue(f"{name}_{100 * level:.0f}", mean[name][level], display=False)
+    glue(f"{name}_{100 * level:.0f}", float(mean[name][level]), display=False)
 
 # %% [markdown]
 # The prediction holds: at 80 % sparsity without training, the mean accuracy is {glue:text}`global_80:.0f` % with the global scope and {glue:text}`layer_80:.0f` %
@@ -335,9 +335,9 @@ for _, _, predicted, compressed, on_disk, on_disk_zipped in rows:
     assert 0.9 < compressed / predicted < 1.5
     assert abs(on_disk / plain - 1) < 0.02
     assert on_disk_zipped < zipped / 3
-glue("bits", 32 * 0.1 + entropy(0.1), display=False)
-glue("gzip_ratio", zipped / rows[0][-1], display=False)
-glue("over", 100 * (max(row[3] / row[2] for row in rows) - 1), display=False)
+glue("bits", float(32 * 0.1 + entropy(0.1)), display=False)
+glue("gzip_ratio", float(zipped / rows[0][-1]), display=False)
+glue("over", float(100 * (max(row[3] / row[2] for row in rows) - 1)), display=False)
 
 # %% [markdown]
 # gzip comes within {glue:text}`over:.0f` % of the prediction. The file itself stays as large as the dense one, to the percent; gzipped, the model of 90 % sparsity is {glue:text}`gzip_ratio:.1f` times

@@ -12,11 +12,12 @@ kernels run no faster. `accel_tf.sparsify` replaces layers by ones that skip the
 
 from accel_tf.pruning._patterns import Unstructured
 from accel_tf.pruning._prune import SparsityTable, prune, sparsity
-from accel_tf.pruning._schedules import ConstantSparsity, PolynomialDecay
+from accel_tf.pruning._schedules import ConstantSparsity, PolynomialDecay, Schedule
 
 __all__ = [
     "ConstantSparsity",
     "PolynomialDecay",
+    "Schedule",
     "SparsityTable",
     "Unstructured",
     "prune",

@@ -31,8 +31,8 @@ class Schedule:
             step: An `int`, a sequence of them, or an integer tensor (also inside `tf.function`).
 
         Returns:
-            A fraction in [0, 1): a `float` for an `int`, else a float32 tensor of the shape of
-            `step`, which may differ from it in the last bit.
+            A fraction in [0, 1), as a `float` for an `int`, else as a float32 tensor of the shape
+            of `step`, which may differ from it in the last bit.
         """
         raise NotImplementedError
 
