@@ -62,23 +62,21 @@ def calibrate(
         total = None
     progress = keras.utils.Progbar(total, verbose=verbose)
 
-    @tf.function(reduce_retracing=True)
-    def observe(x):
-        quantized(x, training=False)
-        finite = [
-            tf.reduce_all(tf.math.is_finite(t)) for t in tf.nest.flatten(x) if t.dtype.is_floating
-        ]
-        return tf.reduce_all(tf.stack(finite)) if finite else tf.constant(True)
+    def observe(*tensors):
+        quantized(tf.nest.pack_sequence_as(structure, tensors), training=False)
+        finite = [tf.reduce_all(tf.math.is_finite(tf.cast(t, tf.float32))) for t in tensors]
+        return tf.reduce_all(tf.stack(finite))
 
-    step = 0
+    step, traced = 0, None
     with observing():
         for step, batch in enumerate(batches, start=1):
-            x = (
-                keras.utils.unpack_x_y_sample_weight(batch)[0]
-                if isinstance(batch, tuple)
-                else batch
-            )
-            if not observe(tf.nest.map_structure(tf.convert_to_tensor, x)):
+            is_pair = isinstance(batch, tuple)
+            structure = keras.utils.unpack_x_y_sample_weight(batch)[0] if is_pair else batch
+            tensors = [tf.convert_to_tensor(x) for x in tf.nest.flatten(structure)]
+            if traced is None:  # Once for all batches, the last and smaller one included.
+                specs = [tf.TensorSpec((None, *x.shape[1:]), x.dtype) for x in tensors]
+                traced = tf.function(observe, autograph=False).get_concrete_function(*specs)
+            if not traced(*tensors):
                 raise ValueError(
                     f"Batch {step - 1} of the calibration data has NaN or infinite values, from "
                     "which no range can be taken. Remove those inputs."

@@ -131,6 +131,7 @@ class FakeQuantize(keras.layers.Layer):
 
     def call(self, inputs, training=None):
         x = tf.cast(inputs, tf.float32)
+        dtype = inputs.dtype if inputs.dtype.is_floating else self.compute_dtype  # uint8 images
         mode = _mode.get()
         if self.fixed is not None:
             low, high = self.fixed
@@ -140,8 +141,8 @@ class FakeQuantize(keras.layers.Layer):
             low, high = self._observe(x)
         else:
             y = tf.cond(self.weight.value > 0, lambda: self._round(x, *self._average()), lambda: x)
-            return tf.cast(y, inputs.dtype)
-        return tf.cast(self._round(x, low, high), inputs.dtype)
+            return tf.cast(y, dtype)
+        return tf.cast(self._round(x, low, high), dtype)
 
     @property
     def range(self) -> tuple[float, float]:

@@ -138,7 +138,15 @@ class QuantizedWeights(QuantizedLayer):
         axes = (-2, -1) if depthwise else (-1,)
         rounded = fake_quantize_weights(kernel.value, self.scheme.weight_bits, axes)
         with keras.StatelessScope(state_mapping=[(kernel, rounded)]):
+            return self._run(inputs)
+
+    def _run(self, inputs):
+        between = tuple(inputs.shape[1:-1])
+        if not isinstance(self.layer, keras.layers.Dense) or not between or None in between:
             return self.layer(inputs)
+        # One matrix product for all positions, whose number is known except for the batch.
+        y = self.layer(tf.reshape(inputs, (-1, inputs.shape[-1])))
+        return tf.reshape(y, (-1, *between, y.shape[-1]))
 
 
 @keras.saving.register_keras_serializable(package="accel_tf")

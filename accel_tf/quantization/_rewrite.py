@@ -209,7 +209,7 @@ class _Plan:
         if id(layer) in self.excluded:
             self.steps.setdefault(id(layer), _Step(None, [], why="excluded: stays in float"))
             return False
-        self._check(layer)
+        self._check(call)
         step = self._step(layer, graph)
         if type(layer) in _IDENTITY:
             self.steps[id(layer)] = step
@@ -247,7 +247,8 @@ class _Plan:
             return _Step(None, [], None, why=why)
         return _Step(_layers.QuantizedLayer, [], output, why=why)
 
-    def _check(self, layer):
+    def _check(self, call):
+        layer = call.layer
         path = self.paths.get(id(layer), layer.name)
         kind = type(layer).__name__
         out = f"Leave it in float with exclude=[{path!r}]"
@@ -272,8 +273,13 @@ class _Plan:
                 f"Cannot quantize layer {path!r} ({kind}): the integer kernels are channels_last. "
                 "Build the model with data_format='channels_last'."
             )
-        rank = len(layer.input.shape) if isinstance(layer, _L.BatchNormalization) else 0
-        if rank and layer.axis not in (-1, rank - 1):
+        if any(rate != 1 for rate in getattr(layer, "dilation_rate", ())):
+            raise ValueError(
+                f"Cannot quantize layer {path!r} ({kind}): a dilated convolution is three operators "
+                f"in LiteRT, and its bias is added in float. {out}."
+            )
+        rank = len(call.inputs[0].shape)
+        if isinstance(layer, _L.BatchNormalization) and layer.axis not in (-1, rank - 1):
             raise ValueError(
                 f"Cannot quantize layer {path!r} ({kind}): it normalizes axis {layer.axis} and "
                 f"not the last one. {out}."

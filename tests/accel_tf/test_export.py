@@ -125,6 +125,25 @@ def test_mobilenet_v2_goes_all_the_way(alpha, tmp_path):
     assert np.abs(real - np.asarray(loaded(x))).max() <= 4 / 256
 
 
+def test_layers_between_tensors_of_rank_two_and_three_become_int8(tmp_path):
+    rng = np.random.default_rng(0)
+    layers = [
+        L.BatchNormalization(),
+        L.Dense(4, activation="relu"),
+        L.Flatten(),
+        L.BatchNormalization(scale=False),
+        L.Dense(3, activation="tanh"),
+    ]
+    model = keras.Sequential([keras.Input((5, 6)), *layers])
+    scatter_statistics(model, rng)
+    x = rng.normal(size=(16, 5, 6)).astype("float32")
+    quantized = at.calibrate(model, x, verbose=0)
+    found = at.export.litert(quantized, tmp_path / "model.tflite")
+    assert found.int8_fraction == 1.0
+    real = at.export.run_litert(tmp_path / "model.tflite", x)
+    assert np.abs(real - np.asarray(quantized(x))).max() <= 2 / 128
+
+
 def test_any_batch_size_or_one(tmp_path):
     model = keras.Sequential([keras.Input((4, 4, 1)), L.Conv2D(2, 3), L.Flatten(), L.Dense(3)])
     x = np.random.normal(size=(6, 4, 4, 1)).astype("float32")

@@ -328,6 +328,14 @@ def test_what_cannot_be_quantized_is_an_error_with_a_way_out():
     norm = keras.Sequential([keras.Input((4, 3)), L.BatchNormalization(axis=1, name="bn")])
     with pytest.raises(ValueError, match="'bn'.*normalizes axis 1 and not the last"):
         at.quantize_aware(norm)
+    dilated = keras.Sequential([keras.Input((9, 9, 1)), L.Conv2D(2, 3, dilation_rate=2, name="c")])
+    with pytest.raises(ValueError, match=r"'c' \(Conv2D\): a dilated convolution"):
+        at.quantize_aware(dilated)
+    first = keras.Sequential(
+        [keras.Input((2, 4, 4)), L.Conv2D(2, 1, name="c", data_format="channels_first")]
+    )
+    with pytest.raises(ValueError, match="the integer kernels are channels_last"):
+        at.quantize_aware(first)
 
 
 def test_wrong_arguments_are_named():
@@ -387,6 +395,9 @@ def test_calibration_takes_data_in_every_usual_form():
         quantized = at.calibrate(two_inputs(), data, verbose=0)
         assert quantized.get_layer("a_quantizer").range == (0.0, 1.0)
         assert quantized.get_layer("b_quantizer").range == (-2.0, 0.0)
+    images = keras.Sequential([keras.Input((2,), dtype="uint8"), L.Rescaling(1 / 255), L.Dense(2)])
+    quantized = at.calibrate(images, np.array([[0, 255]], "uint8"), verbose=0)
+    assert quantized.layers[0].quantizers[0].range == (0.0, 255.0)
 
 
 def test_calibration_trains_nothing():
