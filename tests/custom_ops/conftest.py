@@ -1,5 +1,7 @@
 """Builds variants of the compiled op and of its kernel tests, each once, under build/."""
 
+import contextlib
+import fcntl
 import os
 import subprocess
 import sys
@@ -26,15 +28,24 @@ def succeed(*command, **kwargs) -> str:
     return result.stdout
 
 
+@contextlib.contextmanager
+def only_one(name: str):
+    """Makes the workers of pytest-xdist build in the folder build/`name` one after the other."""
+    (ROOT / "build").mkdir(exist_ok=True)
+    with open(ROOT / "build" / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield ROOT / "build" / name
+
+
 def cmake(name: str, **options) -> Path:
     """Configures and builds custom_ops with the given cache entries; returns the build folder."""
-    folder = ROOT / "build" / name
     definitions = [f"-D{key}={value}" for key, value in options.items()]
-    succeed(
-        "cmake", "-S", ROOT / "custom_ops", "-B", folder, "-G", "Ninja",
-        f"-DPython_EXECUTABLE={sys.executable}", *definitions,
-    )  # fmt: skip
-    succeed("cmake", "--build", folder)
+    with only_one(name) as folder:
+        succeed(
+            "cmake", "-S", ROOT / "custom_ops", "-B", folder, "-G", "Ninja",
+            f"-DPython_EXECUTABLE={sys.executable}", *definitions,
+        )  # fmt: skip
+        succeed("cmake", "--build", folder)
     return folder
 
 

@@ -7,7 +7,9 @@ import zipfile
 
 import pytest
 
-from .conftest import ROOT, run, succeed
+from .conftest import ROOT, only_one, run, succeed
+
+pytestmark = pytest.mark.xdist_group("wheel")  # built once, by one worker
 
 PRODUCT = """
 import numpy as np, accel_tf as at
@@ -22,10 +24,11 @@ print(at.sparse.isa(), at.__file__)
 def wheel(tmp_path_factory):
     """The wheel, built without isolation, so that it is quick and needs no network."""
     folder = tmp_path_factory.mktemp("wheel")
-    succeed(
-        sys.executable, "-m", "pip", "wheel", ROOT, "--no-deps", "--no-build-isolation",
-        "--no-cache-dir", "-w", folder,
-    )  # fmt: skip
+    with only_one("wheel"):
+        succeed(
+            sys.executable, "-m", "pip", "wheel", ROOT, "--no-deps", "--no-build-isolation",
+            "--no-cache-dir", "-w", folder,
+        )  # fmt: skip
     (wheel,) = folder.glob("accel_tf-*.whl")
     return wheel
 
