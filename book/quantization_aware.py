@@ -366,6 +366,7 @@ except ValueError as error:
 # quantized.fit(x_train, y_train, epochs=2)               #    fine-tune, at a small learning rate
 #
 # print(at.export.litert(quantized, "mine.tflite"))       # raises unless every operator is int8
+# quantized.save("quantized.keras")                       # to load it: import accel_tf.quantization
 # ```
 #
 # API: {py:func}`accel_tf.quantization.calibrate`, {py:func}`accel_tf.quantization.quantize_aware`,

@@ -69,7 +69,9 @@ def quantize_aware(
             them is up to its converter; see `accel_tf.export.litert`.
 
     Returns:
-        A new model of the same class, not compiled, with the layers' names kept.
+        A new model of the same class, not compiled, with the layers' names kept. A process that
+        loads its `.keras` file imports `accel_tf.quantization` first, so that Keras knows the
+        layers.
 
     Raises:
         ValueError: A layer has no integer form here (the message names its path), `model` is
