@@ -9,6 +9,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from accel_tf._litert import LiteRTRunner
+
 
 def is_litert(candidate) -> bool:
     return isinstance(candidate, (str, os.PathLike)) and str(candidate).endswith(".tflite")
@@ -66,7 +68,7 @@ def runner(candidate, x) -> Callable[[], Any]:
     input already lies on the device.
     """
     if is_litert(candidate):
-        return LiteRT(candidate).runner(x)
+        return _open(candidate).prepare(x)
     if isinstance(candidate, keras.Model):
         leaves = [tf.convert_to_tensor(leaf) for leaf in tf.nest.flatten(x)]
         forward = compiled(candidate, x).get_concrete_function(*leaves)
@@ -96,7 +98,7 @@ def wait(outputs):
 def predict(candidate, x, batch_size: int):
     """Returns the outputs of `candidate` for all of `x` as NumPy arrays, in its own structure."""
     if is_litert(candidate):
-        run = LiteRT(candidate).predict
+        run = _open(candidate)
     else:
         forward = compiled(candidate, x)
 
@@ -111,133 +113,7 @@ def predict(candidate, x, batch_size: int):
     )
 
 
-class LiteRT:
-    """A `.tflite` file in the LiteRT interpreter, with as many threads as TensorFlow uses.
-
-    Inputs are matched to the file's by name when they come as a dictionary, else by shape.
-    """
-
-    def __init__(self, path):
-        try:
-            from ai_edge_litert.interpreter import Interpreter
-        except ImportError as error:
-            raise ImportError(
-                f"Running {str(path)!r} needs the package ai-edge-litert, which is not installed. "
-                'Install it with: pip install "accel-tf[litert]"'
-            ) from error
-        threads = tf.config.threading.get_intra_op_parallelism_threads() or os.cpu_count()
-        self._path = str(path)
-        self._interpreter = Interpreter(model_path=self._path, num_threads=threads)
-        self._interpreter.allocate_tensors()
-
-    def predict(self, x):
-        """Runs float samples through the file; integer inputs are quantized, outputs dequantized."""
-        invoke, outputs = self._prepare(x)
-        results = [
-            [_dequantize(self._interpreter.get_tensor(o["index"]), o) for o in outputs]
-            for _ in invoke()
-        ]
-        joined = [np.concatenate(parts) for parts in zip(*results, strict=True)]
-        return joined[0] if len(joined) == 1 else joined
-
-    def runner(self, x) -> Callable[[], Any]:
-        """Returns a function that copies prepared inputs in, computes, and copies outputs out.
-
-        The conversion between float and integer is outside: a program that feeds an int8 file from
-        a camera has no floats to convert.
-        """
-        invoke, outputs = self._prepare(x)
-        return lambda: [
-            [self._interpreter.get_tensor(o["index"]) for o in outputs] for _ in invoke()
-        ]
-
-    def _prepare(self, x):
-        """Allocates for the batch of `x`; returns a generator function that runs it, and outputs.
-
-        A file whose batch is fixed, as full-int8 files often are, is run several times.
-        """
-        inputs = self._match(x)
-        count = len(inputs[0][1])
-        fixed = {int(detail["shape_signature"][0]) for detail, _ in inputs} - {-1}
-        size = fixed.pop() if fixed else count
-        if fixed or count % size:
-            raise ValueError(
-                f"{self._path} has a fixed batch of {size}, which does not divide the "
-                f"{count} samples received. Export it with a batch of 1 or a dynamic batch."
-            )
-        for detail, _ in inputs:
-            if detail["shape"][0] != size:
-                shape = [size, *detail["shape"][1:]]
-                self._interpreter.resize_tensor_input(detail["index"], shape)
-        self._interpreter.allocate_tensors()
-        chunks = [
-            [(detail["index"], array[i : i + size]) for detail, array in inputs]
-            for i in range(0, count, size)
-        ]
-
-        def invoke():
-            for chunk in chunks:
-                for index, array in chunk:
-                    self._interpreter.set_tensor(index, array)
-                self._interpreter.invoke()
-                yield
-
-        return invoke, self._details("output")
-
-    def _match(self, x):
-        """Pairs each input of the file with its array, converted to the file's data type."""
-        details = self._details("input")
-        if isinstance(x, dict):
-            arrays = [self._by_name(detail, x) for detail in details]
-        else:
-            arrays = self._by_shape(details, tf.nest.flatten(x))
-        return [(d, _quantize(np.asarray(a), d)) for d, a in zip(details, arrays, strict=True)]
-
-    def _by_name(self, detail, x):
-        for name, array in x.items():
-            if name in (detail["key"], detail["name"]):
-                return array
-        raise ValueError(
-            f"{self._path} has an input {detail['key']!r}, x has {', '.join(map(repr, x))}."
-        )
-
-    def _by_shape(self, details, arrays):
-        remaining = list(arrays)
-        matched = []
-        for detail in details:
-            shape = tuple(detail["shape"][1:])
-            fitting = [i for i, array in enumerate(remaining) if array.shape[1:] == shape]
-            if len(details) > 1 and len(fitting) > 1 or not fitting or len(arrays) != len(details):
-                described = ", ".join(f"{d['key']} {tuple(d['shape'].tolist())}" for d in details)
-                raise ValueError(
-                    f"{self._path} has the inputs {described}; cannot tell which of the arrays of "
-                    f"shapes {[a.shape for a in arrays]} goes where. Pass x as a dictionary by name."
-                )
-            matched.append(remaining.pop(fitting[0]))
-        return matched
-
-    def _details(self, kind):
-        """The inputs or outputs of the file, in the order of its signature where it has one."""
-        if self._interpreter.get_signature_list():
-            signature = self._interpreter.get_signature_runner()
-            details = getattr(signature, f"get_{kind}_details")()
-            return [
-                {**details[key], "key": key} for key in sorted(details, key=lambda k: (len(k), k))
-            ]
-        details = getattr(self._interpreter, f"get_{kind}_details")()
-        return [{**detail, "key": detail["name"]} for detail in details]
-
-
-def _quantize(array, detail):
-    scale, zero_point = detail["quantization"]
-    if not scale or not np.issubdtype(array.dtype, np.floating):
-        return array.astype(detail["dtype"])
-    limits = np.iinfo(detail["dtype"])
-    return np.clip(np.round(array / scale) + zero_point, limits.min, limits.max).astype(
-        detail["dtype"]
-    )
-
-
-def _dequantize(array, detail):
-    scale, zero_point = detail["quantization"]
-    return (array.astype(np.float32) - zero_point) * np.float32(scale) if scale else array
+def _open(path) -> LiteRTRunner:
+    """A `.tflite` file, run with as many threads as TensorFlow uses."""
+    threads = tf.config.threading.get_intra_op_parallelism_threads() or os.cpu_count()
+    return LiteRTRunner(path, threads=threads)

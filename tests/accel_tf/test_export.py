@@ -158,7 +158,7 @@ def test_any_batch_size_or_one(tmp_path):
         np.testing.assert_array_equal(run(x[:n]), expected[:n])
     with pytest.raises(ValueError, match="two.tflite takes 2 inputs per run; 3 is no multiple"):
         at.export.run_litert(tmp_path / "two.tflite", x[:3])
-    with pytest.raises(ValueError, match=r"shape \(-1, 4, 4, 1\).*received \(6, 16\)"):
+    with pytest.raises(ValueError, match=r"\(-1, 4, 4, 1\).*received the shapes \(6, 16\)"):
         run(x.reshape(6, 16))
 
 

@@ -1,0 +1,366 @@
+"""Read and run LiteRT (`.tflite`) files, through `ai_edge_litert`."""
+
+import contextlib
+import dataclasses
+import importlib
+import io
+import os
+import pathlib
+import sys
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from accel_tf import report
+
+
+class Operator(NamedTuple):
+    """One operator of a LiteRT file: its name and the data types of its tensors, constants too."""
+
+    name: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+    @property
+    def is_int8(self) -> bool:
+        """Whether it computes on 8-bit integers: no float goes in or out, and int8 comes out."""
+        dtypes = (*self.inputs, *self.outputs)
+        return "int8" in self.outputs and not any(d.startswith(("float", "bfloat")) for d in dtypes)
+
+
+@dataclasses.dataclass(frozen=True)
+class LiteRTFile:
+    """What a LiteRT file contains; prints as text and renders as a table in a notebook.
+
+    Attributes:
+        path: Where it is.
+        size: Its size in bytes.
+        inputs, outputs: The data types of the model's inputs and outputs, such as `("int8",)`.
+        operators: Each `Operator` in order of execution.
+    """
+
+    path: pathlib.Path
+    size: int
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    operators: tuple[Operator, ...]
+
+    @property
+    def int8_fraction(self) -> float:
+        """The fraction of the operators that compute on 8-bit integers."""
+        return sum(op.is_int8 for op in self.operators) / max(len(self.operators), 1)
+
+    @property
+    def not_int8(self) -> tuple[str, ...]:
+        """The names of the operators that do not compute on 8-bit integers."""
+        return tuple(op.name for op in self.operators if not op.is_int8)
+
+    @property
+    def table(self) -> report.Table:
+        """One row per kind of operator: how many there are, and their data types."""
+        counts = Counter(
+            (op.name, "int8" if op.is_int8 else "no", " ".join(op.inputs), " ".join(op.outputs))
+            for op in self.operators
+        )
+        rows = [(name, n, int8, i, o) for (name, int8, i, o), n in counts.items()]
+        title = (
+            f"{self.path.name}: {report.human_bytes(self.size)}, {len(self.operators)} operators, "
+            f"{self.int8_fraction:.0%} int8, {' '.join(self.inputs)} in, {' '.join(self.outputs)} out"
+        )
+        return report.Table(("operator", "count", "kind", "inputs", "outputs"), rows, title)
+
+    def __str__(self) -> str:
+        return str(self.table)
+
+    def _repr_html_(self) -> str:
+        return self.table._repr_html_()
+
+
+def inspect_litert(path: str | os.PathLike) -> LiteRTFile:
+    """Returns what a LiteRT file contains: its operators, data types and the share that is int8.
+
+    Args:
+        path: A `.tflite` file.
+
+    Raises:
+        ValueError: The file is not a LiteRT model.
+        FileNotFoundError: There is no such file.
+        ImportError: ai_edge_litert is not installed.
+
+    Example:
+
+    >>> import tempfile, keras
+    >>> import accel_tf as at
+    >>> path = tempfile.mkdtemp() + "/float.tflite"
+    >>> model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
+    >>> _ = at.export.litert(model, path)
+    >>> [op.name for op in at.inspect_litert(path).operators]
+    ['FULLY_CONNECTED']
+    """
+    path = pathlib.Path(path)
+    return inspect(path.read_bytes(), path)
+
+
+def run_litert(path: str | os.PathLike, inputs, *, threads: int = 1):
+    """Runs a LiteRT file on float inputs: quantizes them, runs the file, returns float outputs.
+
+    For checking and measuring; an application would keep the integers.
+
+    Args:
+        path: A `.tflite` file.
+        inputs: A float array of shape (n, …), or for several inputs a dict of them by name. A file
+            with a fixed batch size takes an n that is a multiple of it.
+        threads: How many threads to run with.
+
+    Returns:
+        A float32 array of shape (n, …), or a list of them if the model has several outputs.
+
+    Raises:
+        ValueError: The number or the shape of the inputs does not fit the file.
+        ImportError: ai_edge_litert is not installed.
+
+    Example:
+
+    >>> import tempfile, keras, numpy as np
+    >>> import accel_tf as at
+    >>> path = tempfile.mkdtemp() + "/float.tflite"
+    >>> model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
+    >>> _ = at.export.litert(model, path)
+    >>> at.export.run_litert(path, np.zeros((3, 8))).shape
+    (3, 4)
+    """
+    return LiteRTRunner(path, threads=threads)(inputs)
+
+
+class LiteRTRunner:
+    """A LiteRT file kept open, so that a call costs little more than the computation.
+
+    Args:
+        path: A `.tflite` file.
+        threads: How many threads to run with.
+
+    Raises:
+        ValueError: The file is not a LiteRT model.
+        ImportError: ai_edge_litert is not installed.
+
+    Example:
+
+    >>> import tempfile, keras, numpy as np
+    >>> import accel_tf as at
+    >>> path = tempfile.mkdtemp() + "/float.tflite"
+    >>> model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
+    >>> _ = at.export.litert(model, path)
+    >>> run = at.export.LiteRTRunner(path)
+    >>> run(np.zeros((2, 8))).shape, run(np.zeros((5, 8))).shape
+    ((2, 4), (5, 4))
+    """
+
+    def __init__(self, path: str | os.PathLike, *, threads: int = 1):
+        self.path = pathlib.Path(path)
+        content = self.path.read_bytes()
+        require_litert(content, self.path)
+        with quiet():
+            self._interpreter = litert_module("interpreter").Interpreter(
+                model_content=content, num_threads=threads
+            )
+            self._interpreter.allocate_tensors()
+            self._inputs = self._details("input")
+            self._outputs = self._details("output")
+        self._shapes = None
+
+    def __call__(self, inputs):
+        """Returns the float outputs for float inputs, given and returned as in `run_litert`."""
+        parts = [
+            [_to_floats(q, detail) for q, detail in zip(raw, self._outputs, strict=True)]
+            for raw in self.prepare(inputs)()
+        ]
+        outputs = [np.concatenate(part) for part in zip(*parts, strict=True)]
+        return outputs[0] if len(outputs) == 1 else outputs
+
+    def prepare(self, inputs) -> Callable[[], list]:
+        """Quantizes inputs beforehand; returns a function that only runs them, to be timed.
+
+        A program that feeds an int8 file from a camera has no floats to convert either.
+
+        Args:
+            inputs: As in `run_litert`.
+
+        Returns:
+            A function without arguments. It copies the inputs in, computes, copies the outputs
+            out, and returns them as they are in the file: a list of arrays for each run, of which
+            there are several if the file's batch size is fixed.
+        """
+        arrays = [
+            _to_integers(np.asarray(x), detail)
+            for x, detail in zip(self._match(inputs), self._inputs, strict=True)
+        ]
+        n = len(arrays[0])
+        if not n or any(len(x) != n for x in arrays):
+            raise ValueError(
+                f"{self.path.name} needs at least one sample, the same number in each input. "
+                f"Received the shapes {', '.join(str(x.shape) for x in arrays)}."
+            )
+        fixed = {int(detail["shape_signature"][0]) for detail in self._inputs} - {-1}
+        size = fixed.pop() if fixed else n
+        if fixed or n % size:
+            raise ValueError(
+                f"{self.path.name} takes {size} inputs per run; {n} is no multiple of it. Export "
+                "it with batch_size=None to run any number."
+            )
+        chunks = [[x[i : i + size] for x in arrays] for i in range(0, n, size)]
+        return lambda: [self._run(chunk) for chunk in chunks]
+
+    def _run(self, arrays) -> list:
+        shapes = [x.shape for x in arrays]
+        if shapes != self._shapes:
+            for detail, shape in zip(self._inputs, shapes, strict=True):
+                self._interpreter.resize_tensor_input(detail["index"], shape)
+            self._interpreter.allocate_tensors()
+            self._shapes = shapes
+        for detail, x in zip(self._inputs, arrays, strict=True):
+            self._interpreter.set_tensor(detail["index"], x)
+        self._interpreter.invoke()
+        return [self._interpreter.get_tensor(detail["index"]) for detail in self._outputs]
+
+    def _match(self, inputs) -> list:
+        """Returns the arrays in the order of the file's inputs."""
+        if isinstance(inputs, dict):
+            names = [detail["key"] for detail in self._inputs]
+            if set(names) != set(inputs):
+                raise ValueError(
+                    f"{self.path.name} has the inputs {', '.join(names)}; received "
+                    f"{', '.join(sorted(inputs))}."
+                )
+            arrays = [inputs[name] for name in names]
+            if all(map(_fits, arrays, self._inputs)):
+                return arrays
+        else:
+            # Only a list that holds arrays is one of several inputs.
+            several = isinstance(inputs, (list, tuple)) and inputs and hasattr(inputs[0], "shape")
+            arrays = list(inputs) if several else [np.asarray(inputs)]
+            fitting = [[i for i, x in enumerate(arrays) if _fits(x, d)] for d in self._inputs]
+            if len(arrays) == len(fitting) and all(len(found) == 1 for found in fitting):
+                return [arrays[i] for (i,) in fitting]
+        described = ", ".join(
+            f"{d['key']} {tuple(int(n) for n in d['shape_signature'])}" for d in self._inputs
+        )
+        raise ValueError(
+            f"{self.path.name} has the inputs {described}, -1 standing for any size; received the "
+            f"shapes {', '.join(str(np.shape(x)) for x in arrays)}. Where shapes do not tell which "
+            "goes where, pass a dictionary by name."
+        )
+
+    def _details(self, kind) -> list[dict[str, Any]]:
+        """The inputs or outputs of the file, in the order of its signature where it has one."""
+        if self._interpreter.get_signature_list():
+            signature = self._interpreter.get_signature_runner()
+            details = getattr(signature, f"get_{kind}_details")()
+            return [{**details[key], "key": key} for key in sorted(details, key=_natural)]
+        details = getattr(self._interpreter, f"get_{kind}_details")()
+        return [{**detail, "key": detail["name"]} for detail in details]
+
+
+def _fits(x, detail) -> bool:
+    expected = tuple(int(n) for n in detail["shape_signature"])
+    shape = np.shape(x)
+    return len(shape) == len(expected) and all(
+        e in (-1, n) for e, n in zip(expected[1:], shape[1:], strict=True)
+    )
+
+
+def _to_integers(x, detail):
+    dtype, (scale, zero_point) = detail["dtype"], detail["quantization"]
+    if not np.issubdtype(dtype, np.integer) or not np.issubdtype(x.dtype, np.floating) or not scale:
+        return x.astype(dtype)
+    limits = np.iinfo(dtype)
+    return np.clip(np.round(x / scale) + zero_point, limits.min, limits.max).astype(dtype)
+
+
+def _to_floats(q, detail):
+    scale, zero_point = detail["quantization"]
+    if not np.issubdtype(q.dtype, np.integer) or not scale:
+        return q
+    return ((q.astype(np.int32) - zero_point) * scale).astype(np.float32)
+
+
+def _natural(name):
+    """A sorting key that puts output_10 behind output_9."""
+    digits = "".join(filter(str.isdigit, name))
+    return int(digits or 0), name
+
+
+def inspect(content: bytes, path: pathlib.Path) -> LiteRTFile:
+    require_litert(content, path)
+    schema = litert_module("schema_py_generated")
+    names = {code: name for name, code in vars(schema.BuiltinOperator).items()}
+    types = {code: name.lower() for name, code in vars(schema.TensorType).items()}
+    model = schema.ModelT.InitFromObj(schema.Model.GetRootAs(content, 0))
+    # The code field outgrew a byte; files for old readers carry it in the field of that name.
+    codes = [max(c.builtinCode, c.deprecatedBuiltinCode) for c in model.operatorCodes]
+
+    def dtypes(graph, indices):
+        return tuple(types[graph.tensors[i].type] for i in indices if i >= 0)
+
+    operators = tuple(
+        Operator(names[codes[op.opcodeIndex]], dtypes(graph, op.inputs), dtypes(graph, op.outputs))
+        for graph in model.subgraphs
+        for op in graph.operators
+    )
+    main = model.subgraphs[0]
+    return LiteRTFile(
+        path, len(content), dtypes(main, main.inputs), dtypes(main, main.outputs), operators
+    )
+
+
+def require_litert(content, path):
+    if content[4:8] != b"TFL3":
+        raise ValueError(
+            f"{path} is not a LiteRT model: it has no TFL3 mark in bytes 4 to 8, received "
+            f"{content[4:8]!r}. Write one with accel_tf.export.litert."
+        )
+
+
+def litert_module(name):
+    try:
+        return importlib.import_module(f"ai_edge_litert.{name}")
+    except ImportError as error:
+        raise ImportError(
+            "LiteRT files are read and run by ai_edge_litert, which is not installed. "
+            "Install it with: pip install 'accel-tf[litert]'"
+        ) from error
+
+
+@contextlib.contextmanager
+def quiet():
+    """Keeps what the converter prints off the terminal; yields a function that returns it.
+
+    Python's part writes to `sys.stdout`, `sys.stderr` and TensorFlow's logger, the C++ part to the
+    file descriptors beneath, and a notebook has all of these apart from one another.
+    """
+    with contextlib.ExitStack() as stack:
+        log = stack.enter_context(tempfile.TemporaryFile())
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for number in (1, 2):
+            original = os.dup(number)
+            stack.callback(os.close, original)
+            stack.callback(os.dup2, original, number)
+            os.dup2(log.fileno(), number)
+        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+        logger = tf.get_logger()
+        stack.callback(logger.setLevel, logger.level)
+        logger.setLevel("ERROR")
+
+        def read():
+            log.seek(0)
+            return log.read().decode(errors="replace")
+
+        yield read
