@@ -20,12 +20,11 @@
 # **Time** 12 minutes to read, under a minute to run · **You need** Keras, a little NumPy · **Module** {py:mod}`accel_tf.pruning`
 # :::
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input", "remove-output"]
 import os
 
-os.environ["TF_CPP_MIN_LOG_LEVEL"] = (
-    "3"  # before TensorFlow is imported: its start-up notes are not for readers
-)
+# Before TensorFlow is imported: its start-up notes are not for readers.
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 
 import gzip
 import warnings
