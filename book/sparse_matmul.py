@@ -309,8 +309,8 @@ assert dvalues.shape == (matrix.nnz,)
 # %% [markdown]
 # ## Measure
 #
-# **The bound first.** Say the hardware does $\pi$ FLOP/s and moves $\beta$ bytes/s; then no product takes less than
-# $\max(F/\pi,\, Q/\beta)$ {cite}`williams2009roofline`. There are two regimes:
+# **The bound first.** By the roofline of [](measure.py), {eq}`eq-roofline`, $F$ operations on $Q$ bytes take at least
+# $\max(F/\pi,\, Q/\beta)$ on a machine of $\pi$ FLOP/s and $\beta$ bytes/s. There are two regimes:
 #
 # - *Large batch.* The weights are read once and used for many samples, so operations decide. The dense product does $2KN$ of
 #   them for each sample, ours $2dKN$. The speed-up is **at most $1/d$**.
