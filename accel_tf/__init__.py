@@ -11,10 +11,13 @@ The map of the package; each technique is a module of its own name:
     data         digits, mnist1d                                   accel_tf.datasets
     TFMOT        schedules and models to and from tf_keras         accel_tf.interop.tfmot
 
-Names and modules are imported on first use, so `import accel_tf` costs next to nothing.
+Names and modules are imported on first use, except for those that define Keras layers.
 """
 
 import importlib
+
+# A .keras file names the classes of its layers, and Keras finds them once they are registered.
+from . import quantization, sparse  # noqa: F401
 
 __version__ = "0.1.0"
 

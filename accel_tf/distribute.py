@@ -20,6 +20,7 @@ Logical CPU devices share the cores of one processor: they are there to learn, t
 not to train faster. XLA does not know them: leave `jit_compile` off when replicas are on CPU devices.
 """
 
+import functools
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -40,7 +41,8 @@ def mirrored_strategy(devices: int | Sequence[str] | None = None) -> tf.distribu
             A list of names such as `["GPU:0", "GPU:1"]` or `["CPU:0", "CPU:1"]`.
 
     Returns:
-        A `tf.distribute.MirroredStrategy`; `num_replicas_in_sync` is the number of devices.
+        A `tf.distribute.MirroredStrategy`; `num_replicas_in_sync` is the number of devices. Asked
+        again for the same devices, it is the same object.
 
     Raises:
         ValueError: `devices` is below 1, empty, has a name twice or names a device that is not
@@ -62,8 +64,19 @@ def mirrored_strategy(devices: int | Sequence[str] | None = None) -> tf.distribu
         raise ValueError(
             f"mirrored_strategy found no device {', '.join(missing)}. There are {', '.join(there)}."
         )
+    return _strategy(tuple(names))
+
+
+@functools.cache
+def _strategy(names: tuple[str, ...]) -> tf.distribute.MirroredStrategy:
+    """One strategy for each set of devices.
+
+    TensorFlow numbers the exchanges between devices anew in each strategy, and confuses those of
+    two strategies on the same devices ("Collective instance 100 expected type …").
+    """
     # NCCL is for GPUs; named here, TensorFlow does not warn that it falls back to this.
-    cross_device_ops = tf.distribute.ReductionToOneDevice() if cpus else None
+    on_cpu = any(name.startswith("CPU") for name in names)
+    cross_device_ops = tf.distribute.ReductionToOneDevice() if on_cpu else None
     return tf.distribute.MirroredStrategy(names, cross_device_ops=cross_device_ops)
 
 

@@ -150,7 +150,8 @@ def rebuild(
             new = keras.models.clone_model(part, clone_function=clone)
         finally:
             part.compiled = compiled
-        new.trainable = part.trainable if not part.trainable else new.trainable
+        if not part.trainable:
+            new.trainable = False
         return new
 
     new_model = copy(model, model.name)

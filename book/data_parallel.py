@@ -68,7 +68,7 @@ tf.get_logger().setLevel("ERROR")  # TensorFlow would note each reduction
 # \text{bytes per step} \;=\; 2\,\frac{N-1}{N}\,\cdot\,\text{bytes of the gradient}
 # $$ (eq-all-reduce)
 #
-# which hardly grows with $N$, and no algorithm can do with less {cite}`patarasuk2009bandwidth`. If a replica calculates for
+# which hardly grows with $N$, and no algorithm can do with less {footcite}`patarasuk2009bandwidth`. If a replica calculates for
 # $t_c$ seconds and the links carry $\beta$ bytes/s, then $N$ replicas do $N \cdot E$ times the work of one, where the efficiency is at
 # least $E = t_c / (t_c + \text{bytes}/\beta)$. The better the calculation hides the exchange, the closer to 1.
 
@@ -255,8 +255,8 @@ assert slowdown > 1
 #
 # With more devices one wants a larger global batch, else each replica starves. A batch $k$ times as large makes $k$ times fewer
 # steps in an epoch, so each step should go further. The **linear rule** multiplies the learning rate by $k$ as well
-# {cite}`goyal2017large`: $k$ small steps along nearly the same gradient make one large one. The more careful **square-root rule**
-# multiplies it by $\sqrt{k}$, which keeps the variance of a step {cite}`krizhevsky2014weird`.
+# {footcite}`goyal2017large`: $k$ small steps along nearly the same gradient make one large one. The more careful **square-root rule**
+# multiplies it by $\sqrt{k}$, which keeps the variance of a step {footcite}`krizhevsky2014weird`.
 
 # %%
 batch, rate = at.distribute.scale_batch(strategy, per_replica_batch=16, learning_rate=0.05)
@@ -328,7 +328,7 @@ assert linear[64] < linear[8] - 0.3
 #
 # ## When it does not help
 #
-# **Batch normalization sees less.** A `BatchNormalization` layer {cite}`ioffe2015batch` normalises by the mean and variance of *its
+# **Batch normalization sees less.** A `BatchNormalization` layer {footcite}`ioffe2015batch` normalises by the mean and variance of *its
 # replica's share*, so the promise of equal weights is off:
 
 # %%
@@ -442,6 +442,5 @@ assert error < 1e-6
 #
 # ## References
 #
-# ```{bibliography}
-# :filter: docname in docnames
+# ```{footbibliography}
 # ```

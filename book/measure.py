@@ -57,7 +57,7 @@ keras.utils.set_random_seed(0)
 # $$ (eq-roofline)
 #
 # where $\pi$ is the machine's peak in FLOP/s and $\beta$ its memory bandwidth in bytes/s. This is the *roofline model*
-# {cite}`williams2009roofline`. What decides which limit bites is the {term}`arithmetic intensity` $I = F/Q$: how many operations
+# {footcite}`williams2009roofline`. What decides which limit bites is the {term}`arithmetic intensity` $I = F/Q$: how many operations
 # a layer does with each byte it fetches. Below the *ridge* $\pi/\beta$, a faster calculator is of no use; above it,
 # faster memory is of none.
 #
@@ -224,7 +224,7 @@ assert np.mean(seconds) >= 0.9 * np.median(seconds)
 #    {glue:text}`steady` ms of a later one, because TensorFlow traced and optimised the graph. Warm up, then measure.
 # 2. **One number is no measurement.** The slowest of the 200 calls took {glue:text}`slowest` times the median: some other
 #    program ran, a page was fetched. Such a tail pulls a mean away; the median and the interquartile range stay
-#    {cite}`hoefler2015benchmarking`. And wait for the result (`.numpy()`): on a GPU, a call returns before it has finished.
+#    {footcite}`hoefler2015benchmarking`. And wait for the result (`.numpy()`): on a GPU, a call returns before it has finished.
 # 3. **Conditions drift.** Processors heat up and slow down; neighbours come and go. What is measured second is then
 #    measured on another machine.
 #
@@ -369,7 +369,7 @@ assert any("Conv2D" in kind for kind in ranked[:3])
 #
 # {py:func}`accel_tf.benchmark.compare` puts quality and cost side by side. Two peers challenge our CNN: a
 # perceptron with one hidden layer, and a CNN whose second convolution is *separable* (a depthwise filter for each channel, then a
-# 1 × 1 convolution {cite}`chollet2017xception`). Before you look: the perceptron has the fewest FLOPs. Will it be fastest? And the
+# 1 × 1 convolution {footcite}`chollet2017xception`). Before you look: the perceptron has the fewest FLOPs. Will it be fastest? And the
 # smallest?
 
 # %%
@@ -572,6 +572,5 @@ print(f"from a batch of about {np.ceil(2 * limits.ridge):.0f} on")
 #
 # ## References
 #
-# ```{bibliography}
-# :filter: docname in docnames
+# ```{footbibliography}
 # ```

@@ -52,9 +52,9 @@ keras.utils.set_random_seed(0)
 #
 # A weight multiplies its input. If it is close to zero, so is its contribution, and leaving it out changes the output little.
 # *{term}`Magnitude pruning`* takes this literally: sort the weights by $|w|$, set the smallest to zero, and train on, so that the
-# others make up for the loss {cite}`han2015learning`. A *{term}`mask`* of ones and zeros remembers which ones are gone.
+# others make up for the loss {footcite}`han2015learning`. A *{term}`mask`* of ones and zeros remembers which ones are gone.
 #
-# To remove many weights at once is a shock. Zhu and Gupta {cite}`zhu2017prune` therefore raise the sparsity $s$ step by step,
+# To remove many weights at once is a shock. Zhu and Gupta {footcite}`zhu2017prune` therefore raise the sparsity $s$ step by step,
 # quickly at first, while there is much to spare, then ever more slowly:
 #
 # $$
@@ -297,7 +297,7 @@ for name, level in [
 #
 # In memory and in the `.keras` file a zero takes its four bytes like any other number. Compression finds the zeros. How well can it do?
 # With a {term}`density` $d = 1 - s$, a weight needs one bit of information at most to say whether it is zero, on average the entropy
-# $H(d)$ {cite}`shannon1948mathematical`, and 32 bits if it is not:
+# $H(d)$ {footcite}`shannon1948mathematical`, and 32 bits if it is not:
 #
 # $$
 # \text{bits per weight} \;\approx\; 32\,d + H(d), \qquad H(d) = -d \log_2 d - (1-d) \log_2 (1-d)
@@ -415,7 +415,7 @@ assert abs(np.mean(at_once) - mean["trained"][0.95]) < 5
 
 # %% [markdown]
 # On this problem it makes next to no difference: the network recovers from the shock in a few epochs. What mattered was to train under the mask, and
-# the scope. For large networks and long training, schedules pay {cite}`zhu2017prune,gale2019state`; but measure before you believe it, in your case too.
+# the scope. For large networks and long training, schedules pay {footcite}`zhu2017prune,gale2019state`; but measure before you believe it, in your case too.
 #
 # **Small layers suffer first.** If you need `scope="layer"`, leave the first convolution and the last layer out. They hold few of the weights:
 
@@ -526,6 +526,5 @@ assert layerwise["conv1"] == 0.5 and abs(layerwise["hidden"] - 0.95) < 1e-4
 #
 # ## References
 #
-# ```{bibliography}
-# :filter: docname in docnames
+# ```{footbibliography}
 # ```

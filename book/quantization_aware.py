@@ -50,7 +50,7 @@ keras.utils.set_random_seed(0)
 # ## Intuition: a ruler for every tensor
 #
 # An 8-bit processor knows 256 numbers. To put a tensor of reals on them, lay a ruler along its values: a step length $s$, the
-# {term}`scale`, and an integer $z$, the {term}`zero point`, that stands for zero {cite}`jacob2018quantization`:
+# {term}`scale`, and an integer $z$, the {term}`zero point`, that stands for zero {footcite}`jacob2018quantization`:
 #
 # $$
 # q = \operatorname{round}\!\left(\frac{x}{s}\right) + z, \qquad x \approx s\,(q - z)
@@ -128,7 +128,7 @@ assert np.abs(y - x)[inside].max() < 0.51 * step < np.abs(y - x).max()
 # ### A staircase has no slope
 #
 # To train through rounding we need its gradient, and the gradient of a staircase is zero nearly everywhere. The
-# {term}`straight-through estimator` {cite}`bengio2013estimating` pretends, in the backward pass only, that the staircase is the
+# {term}`straight-through estimator` {footcite}`bengio2013estimating` pretends, in the backward pass only, that the staircase is the
 # diagonal that it follows: the gradient passes unchanged within the range, and is zero where values are clipped.
 #
 # ## From scratch
@@ -366,7 +366,7 @@ except ValueError as error:
 # quantized.fit(x_train, y_train, epochs=2)               #    fine-tune, at a small learning rate
 #
 # print(at.export.litert(quantized, "mine.tflite"))       # raises unless every operator is int8
-# quantized.save("quantized.keras")                       # to load it: import accel_tf.quantization
+# quantized.save("quantized.keras")                       # to load it: import accel_tf
 # ```
 #
 # API: {py:func}`accel_tf.quantization.calibrate`, {py:func}`accel_tf.quantization.quantize_aware`,
@@ -449,6 +449,5 @@ assert (2**31 - 1) // (127 * 255) == 66311 and 66311 // 9 == 7367
 #
 # ## References
 #
-# ```{bibliography}
-# :filter: docname in docnames
+# ```{footbibliography}
 # ```

@@ -57,7 +57,7 @@ keras.utils.set_random_seed(0)
 # To skip the zeros, we have to stop storing them.
 #
 # The plain way is a list of triples, row, column and value, called *COO*. But the row number repeats for a whole row. *CSR*,
-# {term}`compressed sparse rows <CSR>`, keeps only where each row begins {cite}`saad2003iterative`:
+# {term}`compressed sparse rows <CSR>`, keeps only where each row begins {footcite}`saad2003iterative`:
 
 # %% mystnb={"image": {"alt": "A four by five matrix with six coloured non-zeros; beside it the same six values as rows of COO triples, and as the three arrays of CSR, in which the row numbers have become five row pointers."}, "figure": {"caption": "One matrix, three ways to store it. In CSR the pointers say: row 0 is values 0–1, row 1 is empty, row 2 is values 2–4, row 3 is value 5.", "name": "fig-csr"}} tags=["hide-input"]
 small = np.zeros((4, 5), np.int64)
@@ -288,7 +288,7 @@ assert "columns[1] = 93, expected a value in [0, 3)" in message
 # $$ (eq-spmm-gradients)
 #
 # The first is the product with the transposed matrix. The second is an entry of the dense product $g^\top x$, but only where
-# the pattern has a non-zero: a *sampled* dense–dense product {cite}`gale2020sparse`. Both are ops of their own; neither ever forms the dense
+# the pattern has a non-zero: a *sampled* dense–dense product {footcite}`gale2020sparse`. Both are ops of their own; neither ever forms the dense
 # gradient. In Python they are tied to the first with `tf.RegisterGradient`, and then a tape just works:
 
 # %%
@@ -565,6 +565,5 @@ assert np.allclose(mine, dvalues, atol=1e-6)
 #
 # ## References
 #
-# ```{bibliography}
-# :filter: docname in docnames
+# ```{footbibliography}
 # ```

@@ -129,7 +129,7 @@ class QuantizedWeights(QuantizedLayer):
     Args:
         layer: The layer whose `kernel` is to be quantized; its own activation must be one that the
             kernel fuses, any other is passed as `activation`.
-        scheme, quantize_inputs, output, activation, **kwargs: As for `QuantizedLayer`.
+        scheme, quantize_inputs, output, activation, kwargs: As for `QuantizedLayer`.
     """
 
     def compute(self, inputs, training, mask):
@@ -159,7 +159,7 @@ class QuantizedAffine(QuantizedLayer):
 
     Args:
         layer: A BatchNormalization over the last axis, or a Rescaling.
-        scheme, quantize_inputs, output, activation, **kwargs: As for `QuantizedLayer`.
+        scheme, quantize_inputs, output, activation, kwargs: As for `QuantizedLayer`.
     """
 
     def compute(self, inputs, training, mask):
@@ -186,7 +186,7 @@ class QuantizedReshape(QuantizedLayer):
 
     Args:
         layer: A Flatten or Reshape layer.
-        scheme, quantize_inputs, output, activation, **kwargs: As for `QuantizedLayer`.
+        scheme, quantize_inputs, output, activation, kwargs: As for `QuantizedLayer`.
     """
 
     def compute(self, inputs, training, mask):

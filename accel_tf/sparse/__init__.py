@@ -6,7 +6,7 @@
     a whole model   sparsify                             _sparsify.py
     the build       isa, available_isas, OpVersionError  _op.py
 
-Loading a SavedModel that holds sparse layers needs the op: import `accel_tf.sparse` first.
+Loading a `.keras` file or a SavedModel that holds sparse layers needs `import accel_tf` first.
 """
 
 from ._layers import SparseDense

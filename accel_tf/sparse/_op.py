@@ -10,6 +10,7 @@ The gradient of each is made of the other two, so derivatives of any order exist
 """
 
 import ctypes
+import functools
 import json
 import os
 import sys
@@ -60,26 +61,44 @@ def check_version(built_for: str, running: str) -> None:
 
 
 def _load():
+    """Returns the op's functions and its library, or what stands in the way, for the first use.
+
+    Importing must not fail: `import accel_tf` comes here, also for users of other techniques.
+    """
     folder = next((f for f in _folders() if (f / _LIBRARY).is_file()), None)
     if folder is None:
-        warnings.warn(
-            "accel_tf.sparse found no compiled op, and uses TensorFlow's own sparse product: the "
-            "results are the same, but it is many times slower. The op is built when accel_tf is "
-            f"installed on Linux with a C++17 compiler; to build it now:\n    {_REBUILD}",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-        return None, None
+        return None, None, None
     record = json.loads((folder / _RECORD).read_text())
-    check_version(record["tensorflow"], tf.__version__)
+    try:
+        check_version(record["tensorflow"], tf.__version__)
+    except OpVersionError as error:
+        return None, None, error
     path = str(folder / _LIBRARY)
     ops = tf.load_op_library(path)  # first: it makes functions of what registers while it loads
     library = ctypes.CDLL(path)
     library.accel_tf_isa.restype = library.accel_tf_available_isas.restype = ctypes.c_char_p
-    return ops, library
+    return ops, library, None
 
 
-ops, _library = _load()
+ops, _library, _version_error = _load()
+
+
+def _compiled() -> bool:
+    """Whether there is a compiled op; raises if it is for another TensorFlow."""
+    if _version_error is not None:
+        raise _version_error
+    return ops is not None
+
+
+@functools.cache
+def _say_that_there_is_no_op() -> None:
+    warnings.warn(
+        "accel_tf.sparse found no compiled op, and uses TensorFlow's own sparse product: the "
+        "results are the same, but it is many times slower. The op is built when accel_tf is "
+        f"installed on Linux with a C++17 compiler; to build it now:\n    {_REBUILD}",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 def isa() -> str:
@@ -97,7 +116,7 @@ def isa() -> str:
     >>> at.sparse.isa() in at.sparse.available_isas()
     True
     """
-    return _library.accel_tf_isa().decode() if _library else "tensorflow"
+    return _library.accel_tf_isa().decode() if _compiled() else "tensorflow"
 
 
 def available_isas() -> tuple[str, ...]:
@@ -112,13 +131,14 @@ def available_isas() -> tuple[str, ...]:
     >>> "avx2" in at.sparse.available_isas() or "scalar" in at.sparse.available_isas()
     True
     """
-    names = _library.accel_tf_available_isas().decode() if _library else "tensorflow"
+    names = _library.accel_tf_available_isas().decode() if _compiled() else "tensorflow"
     return tuple(names.split())
 
 
 def multiply(x, row_pointers, columns, values, in_features: int):
     """y[..., n] = Σ values[p] · x[..., columns[p]], p over the non-zeros of row n; float32."""
-    if ops is None:
+    if not _compiled():
+        _say_that_there_is_no_op()
         return _multiply_without_op(x, row_pointers, columns, values, in_features)
     return ops.accel_tf_sparse_mat_mul(
         x=x, row_pointers=row_pointers, columns=columns, values=values, in_features=in_features

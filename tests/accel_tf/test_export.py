@@ -6,7 +6,6 @@ import sys
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
 
 import accel_tf as at
 from accel_tf.quantization import Int4
@@ -257,7 +256,7 @@ def test_conversion_is_quiet(capfd, tmp_path):
 
 
 def test_a_model_trained_on_two_replicas_is_exported(tmp_path):
-    with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
+    with at.mirrored_strategy(["CPU:0", "CPU:1"]).scope():
         model = keras.Sequential([keras.Input((2,)), L.Dense(2)])
         quantized = at.quantize_aware(model)
         quantized.compile("sgd", "mse")

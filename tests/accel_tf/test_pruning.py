@@ -156,8 +156,7 @@ def test_gradient_accumulation():
 @pytest.mark.parametrize("policy", ["float32", "mixed_float16"])
 def test_mirrored_strategy(scope, policy):
     keras.config.set_dtype_policy(policy)
-    devices = [d.name for d in tf.config.list_logical_devices("CPU")]
-    strategy = tf.distribute.MirroredStrategy(devices)
+    strategy = at.mirrored_strategy(["CPU:0", "CPU:1"])
     assert strategy.num_replicas_in_sync == 2
     with strategy.scope():
         model = cnn()

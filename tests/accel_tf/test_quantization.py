@@ -285,7 +285,7 @@ def test_mixed_precision_keeps_the_grid_and_the_state_in_float32():
 def test_replicas_observe_the_range_of_the_global_batch():
     # The second replica's half of each batch is ten times as large as the first's.
     x = np.ones((8, 2), "float32") * ([[1.0]] * 4 + [[-10.0]] * 4)
-    with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
+    with at.mirrored_strategy(["CPU:0", "CPU:1"]).scope():
         model = keras.Sequential([keras.Input((2,)), L.Dense(2, name="dense")])
         quantized = at.quantize_aware(model)
         quantized.compile(keras.optimizers.SGD(0.0), "mse")

@@ -83,6 +83,7 @@ def test_report_of_returns_the_last_and_forgets_dead_models():
     report.attach(model, first)
     report.attach(model, second)
     assert report.report_of(model) is second
+    gc.collect()  # other tests' models
     before = len(report._reports)
     del model
     gc.collect()

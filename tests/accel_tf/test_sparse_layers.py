@@ -193,7 +193,7 @@ def test_two_replicas_train_as_one():
     keras.utils.set_random_seed(0)
     one = trained(tf.distribute.get_strategy())
     keras.utils.set_random_seed(0)
-    two = trained(tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]))
+    two = trained(at.mirrored_strategy(["CPU:0", "CPU:1"]))
     for a, b in zip(one, two, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
