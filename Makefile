@@ -21,7 +21,7 @@ help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 book: $(INSTALLED)  ## set up, execute the chapters, build _build/html/index.html
-	@$(BIN)/python book/_ext/build.py --jobs $(JOBS)
+	@$(BIN)/python book/_ext/build.py
 
 test: $(INSTALLED) browser  ## set up, run every test: library, op, chapters, pages in a browser
 	@$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup

@@ -82,7 +82,10 @@ def efficiency(replicas, gradient_bytes, bandwidth, compute_seconds):
 # %% mystnb={"image": {"alt": "Left: a batch is split over two replicas; their gradients are averaged by an all-reduce, and both take the same step. Right: efficiency against the number of replicas, falling fast and then staying level, at three heights for three bandwidths."}, "figure": {"caption": "Left: one synchronous step. Right: the efficiency that the two equations promise for a ResNet-50 (25.6 million weights, 100 ms per step), without overlap of calculation and exchange. It falls at once and then hardly: a ring's cost does not grow with the number of devices.", "name": "fig-data-parallel"}} tags=["hide-input"]
 figure, (left, right) = plt.subplots(1, 2, figsize=(7.6, 3.6), width_ratios=(1, 1.1))
 blue, orange = "#cfe5f3", "#fbdcc6"
-boxes = [(0.5, 3, "global batch", "white"), (0.5, 1, "all-reduce:\n$g = (g_0 + g_1) / 2$", orange)]
+boxes = [
+    (0.5, 3, "global batch", "white"),
+    (0.5, 1, "all-reduce:\n$g = (g_0 + g_1) / 2$", orange),
+]
 boxes += [(i, 2, f"replica {i}: $g_{i}$", blue) for i in (0, 1)]
 boxes += [(i, 0, "step along $g$", blue) for i in (0, 1)]
 for x, y, text, color in boxes:
@@ -95,11 +98,20 @@ for i in (0, 1):
 left.set(xlim=(-0.5, 1.5), ylim=(-0.5, 3.5), title="One step")
 left.axis("off")
 replicas = np.arange(1, 17)
-for name, link in {"NVLink, 300 GB/s": 300e9, "PCIe, 25 GB/s": 25e9, "10 Gbit/s": 1.25e9}.items():
+for name, link in {
+    "NVLink, 300 GB/s": 300e9,
+    "PCIe, 25 GB/s": 25e9,
+    "10 Gbit/s": 1.25e9,
+}.items():
     gain = efficiency(replicas, 4 * 25.6e6, link, 0.1)
     right.plot(replicas, gain, "o-", markersize=4, label=name)
 right.set_xticks([1, 2, 4, 8, 16])
-right.set(xlabel="replicas $N$", ylabel="efficiency $E$", title="What it can gain", ylim=(0, 1.05))
+right.set(
+    xlabel="replicas $N$",
+    ylabel="efficiency $E$",
+    title="What it can gain",
+    ylim=(0, 1.05),
+)
 right.legend(fontsize=9)
 plt.show()
 
@@ -135,7 +147,12 @@ def make_model(*normalization):
     keras.utils.set_random_seed(1)
     hidden = [keras.layers.Dense(64), *normalization, keras.layers.ReLU()]
     model = keras.Sequential(
-        [keras.Input((8, 8, 1)), keras.layers.Flatten(), *hidden, keras.layers.Dense(10)]
+        [
+            keras.Input((8, 8, 1)),
+            keras.layers.Flatten(),
+            *hidden,
+            keras.layers.Dense(10),
+        ]
     )
     model.compile(keras.optimizers.SGD(0.1, momentum=0.9), loss)
     return model
@@ -185,7 +202,10 @@ two = train(two, at.distribute.even_batches(samples, 64))
 
 # %% tags=["remove-cell"]
 def distance(a, b):
-    return max(np.abs(u - v).max() for u, v in zip(a.get_weights(), b.get_weights(), strict=True))
+    return max(
+        np.abs(u - v).max()
+        for u, v in zip(a.get_weights(), b.get_weights(), strict=True)
+    )
 
 
 assert distance(one, make_model()) > 0.05  # it has learned something
@@ -225,7 +245,9 @@ def step_function(model):
     """One training step on a global batch of 256, as a plain function to time."""
     data = tf.data.Dataset.from_tensors((x_train[:256], y_train[:256])).cache().repeat()
     model.fit(data, steps_per_epoch=1, shuffle=False, verbose=0)
-    batches = iter(strategy.experimental_distribute_dataset(data) if model is two else data)
+    batches = iter(
+        strategy.experimental_distribute_dataset(data) if model is two else data
+    )
     return lambda _: model.train_function(batches)
 
 
@@ -241,7 +263,9 @@ for name, time in times.items():
 # %% tags=["remove-cell"]
 slowdown = times["two logical devices"].median / times["one device"].median
 glue("slowdown", f"{slowdown:.1f}", display=False)
-glue("efficiency", f"{100 / (2 * slowdown):.0f}", display=False)  # half the time would be 100 %
+glue(
+    "efficiency", f"{100 / (2 * slowdown):.0f}", display=False
+)  # half the time would be 100 %
 assert efficiency(2, 4 * 25.6e6, 25e9, 0.1) > 0.9
 assert slowdown > 1
 
@@ -259,7 +283,9 @@ assert slowdown > 1
 # multiplies it by $\sqrt{k}$, which keeps the variance of a step {footcite}`krizhevsky2014weird`.
 
 # %%
-batch, rate = at.distribute.scale_batch(strategy, per_replica_batch=16, learning_rate=0.05)
+batch, rate = at.distribute.scale_batch(
+    strategy, per_replica_batch=16, learning_rate=0.05
+)
 print(batch, rate)
 
 # %% [markdown]
@@ -299,11 +325,15 @@ accuracies = {
 # %% mystnb={"image": {"alt": "Test accuracy against the factor of the batch for three rules. With a constant learning rate it falls steadily; with the square root more slowly; the linear rule stays level up to a point and then collapses."}, "figure": {"caption": "Test accuracy after the same number of epochs, as the batch grows k-fold. A constant rate learns too little in too few steps. The linear rule makes up for it, until its steps become unstable.", "name": "fig-scaling-rules"}} tags=["hide-input"]
 figure, axes = plt.subplots(figsize=(7.2, 3.2))
 for (rule, values), marker in zip(accuracies.items(), "sDo", strict=True):
-    axes.plot(factors, 100 * np.array(values), marker=marker, label=f"{rule} learning rate")
+    axes.plot(
+        factors, 100 * np.array(values), marker=marker, label=f"{rule} learning rate"
+    )
 axes.set_xscale("log", base=2)
 axes.set_xticks(factors, [f"{k}\n({16 * k})" for k in factors])
 axes.set(
-    xlabel="factor $k$ (global batch in samples)", ylabel="test accuracy [%]", title="Scaling rules"
+    xlabel="factor $k$ (global batch in samples)",
+    ylabel="test accuracy [%]",
+    title="Scaling rules",
 )
 axes.legend(loc="lower left")
 plt.show()

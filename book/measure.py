@@ -124,7 +124,9 @@ assert baseline_accuracy > 0.95
 def point(model, x):
     """Arithmetic intensity in FLOP/byte, and attained FLOP/s."""
     flops = at.benchmark.flops(model, x)
-    numbers = x.size + model.count_params() + np.prod(model.compute_output_shape(x.shape))
+    numbers = (
+        x.size + model.count_params() + np.prod(model.compute_output_shape(x.shape))
+    )
     times = at.measure_latency({"": model}, x, rounds=12, warmup=2, verbose=0)
     seconds = times[""].median
     return flops / (4 * numbers), flops / seconds  # four bytes each
@@ -140,29 +142,39 @@ def batch(n, *shape):
 
 # %%
 dense = alone((4096,), keras.layers.Dense(4096, use_bias=False))
-points = {f"Dense, batch {n}": point(dense, batch(n, 4096)) for n in (1, 4, 16, 64, 256)}
+points = {
+    f"Dense, batch {n}": point(dense, batch(n, 4096)) for n in (1, 4, 16, 64, 256)
+}
 for name, layer in (
     ("Conv 3×3", keras.layers.Conv2D),
     ("Depthwise 3×3", keras.layers.DepthwiseConv2D),
 ):
     size = (64, 3) if layer is keras.layers.Conv2D else (3,)
-    points[name] = point(alone((32, 32, 64), layer(*size, padding="same")), batch(16, 32, 32, 64))
+    points[name] = point(
+        alone((32, 32, 64), layer(*size, padding="same")), batch(16, 32, 32, 64)
+    )
 points |= {f"digits CNN, batch {n}": point(cnn, batch(n, 8, 8, 1)) for n in (1, 256)}
 
 # %% mystnb={"image": {"alt": "Log-log plot. A roof rises with slope one and becomes flat at the ridge. A dense layer climbs along the slanted roof from batch 1 to the flat part at batch 256; the digits CNN at batch 1 lies far below the roof."}, "figure": {"caption": "The roofline of the machine that built this page, and what real layers reach under it. The same Dense layer climbs from the slanted roof (memory) to the flat one (arithmetic) as its batch grows. The small CNN at batch 1 touches neither: its time goes to overhead.", "name": "fig-roofline"}} tags=["hide-input"]
 figure, axes = plt.subplots(figsize=(7.2, 4.4))
 intensity = np.geomspace(0.2, 400, 200)
-axes.loglog(intensity, limits.attainable(intensity) / 1e9, color="black", label="roofline")
+axes.loglog(
+    intensity, limits.attainable(intensity) / 1e9, color="black", label="roofline"
+)
 axes.axvline(limits.ridge, color="0.6", linestyle=":", linewidth=1)
 markers = {"Dense": "o-", "digits CNN": "^-", "Conv 3×3": "s", "Depthwise 3×3": "D"}
 labels = {"Dense": " 4096², batch 1…256", "digits CNN": ", batch 1 and 256"}
 for kind, marker in markers.items():
     xy = np.array([p for name, p in points.items() if name.startswith(kind)])
-    axes.loglog(xy[:, 0], xy[:, 1] / 1e9, marker, linewidth=1, label=kind + labels.get(kind, ""))
+    axes.loglog(
+        xy[:, 0], xy[:, 1] / 1e9, marker, linewidth=1, label=kind + labels.get(kind, "")
+    )
 for name, offset in (("Dense, batch 1", (8, -12)), ("digits CNN, batch 1", (8, -4))):
     xy = points[name][0], points[name][1] / 1e9
     axes.annotate(name, xy, offset, textcoords="offset points", fontsize=9)
-axes.text(0.9 * limits.ridge, axes.get_ylim()[0] * 1.4, "ridge", color="0.4", ha="right")
+axes.text(
+    0.9 * limits.ridge, axes.get_ylim()[0] * 1.4, "ridge", color="0.4", ha="right"
+)
 axes.set(xlabel="arithmetic intensity [FLOP/byte]", ylabel="attained [GFLOP/s]")
 axes.set_title("What real layers reach under the roof")
 axes.legend(loc="lower right", fontsize=9)
@@ -170,11 +182,19 @@ plt.show()
 
 # %% tags=["remove-cell"]
 rate = {name: p[1] for name, p in points.items()}
-glue("dense_gain", f"{rate['Dense, batch 256'] / rate['Dense, batch 1']:.0f}", display=False)
-cnn_share = rate["digits CNN, batch 1"] / limits.attainable(points["digits CNN, batch 1"][0])
+glue(
+    "dense_gain",
+    f"{rate['Dense, batch 256'] / rate['Dense, batch 1']:.0f}",
+    display=False,
+)
+cnn_share = rate["digits CNN, batch 1"] / limits.attainable(
+    points["digits CNN, batch 1"][0]
+)
 glue("cnn_share", f"{100 * cnn_share:.1f}", display=False)
 glue(
-    "cnn_gain", f"{rate['digits CNN, batch 256'] / rate['digits CNN, batch 1']:.0f}", display=False
+    "cnn_gain",
+    f"{rate['digits CNN, batch 256'] / rate['digits CNN, batch 1']:.0f}",
+    display=False,
 )
 assert rate["Dense, batch 256"] > 2 * rate["Dense, batch 1"]
 assert cnn_share < 0.25
@@ -316,7 +336,11 @@ conv_weights, dense_weights = (
     for kind in ("conv", "dense")
 )
 glue("conv_flops", f"{100 * conv_flops / flops_by_hand:.0f}", display=False)
-glue("dense_weights", f"{100 * dense_weights / (conv_weights + dense_weights):.0f}", display=False)
+glue(
+    "dense_weights",
+    f"{100 * dense_weights / (conv_weights + dense_weights):.0f}",
+    display=False,
+)
 assert conv_flops > dense_flops and dense_weights > conv_weights
 
 # %% [markdown]
@@ -406,7 +430,11 @@ table
 flop_ratio = table["cnn"].flops / table["mlp"].flops
 glue("mlp_flops", f"{flop_ratio:.0f}", display=False)
 glue("mlp_speed", f"{table.speedup('mlp'):.1f}", display=False)
-glue("mlp_points", f"{100 * (table['cnn'].score - table['mlp'].score):.1f}", display=False)
+glue(
+    "mlp_points",
+    f"{100 * (table['cnn'].score - table['mlp'].score):.1f}",
+    display=False,
+)
 assert table["cnn"].score > table["mlp"].score
 assert table["mlp"].flops < table["separable"].flops < table["cnn"].flops
 assert flop_ratio > 2 * table.speedup("mlp")
@@ -465,7 +493,11 @@ for w in widths:
 figure, axes = plt.subplots(figsize=(7.2, 3.2))
 axes.loglog(widths, [1e3 * growth[w] for w in widths], "o-", label="measured, batch 64")
 axes.loglog(
-    widths, [2e3 * 64 * w**2 / limits.peak for w in widths], "--", color="0.4", label=r"$2Bw^2/\pi$"
+    widths,
+    [2e3 * 64 * w**2 / limits.peak for w in widths],
+    "--",
+    color="0.4",
+    label=r"$2Bw^2/\pi$",
 )
 axes.set(xlabel="width $w$ [units]", ylabel="latency [ms]", title="O(w²), eventually")
 axes.set_xticks(widths, widths)

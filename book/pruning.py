@@ -104,7 +104,9 @@ def copy(model):
 
 
 dense = train(new_cnn(), epochs=10)
-print(f"{dense.count_params():,} weights, {accuracy(dense):.1f} % of the test images right")
+print(
+    f"{dense.count_params():,} weights, {accuracy(dense):.1f} % of the test images right"
+)
 
 # %% mystnb={"image": {"alt": "Left: histogram of a trained layer's weights, a bell around zero, whose inner 80 per cent is coloured as pruned. Right: sparsity over training steps, a curve that rises steeply, then flattens at 0.9, with a staircase of updates under it."}, "figure": {"caption": "Left: the weights of a trained layer; the grey ones are the smallest 80 %. Right: the schedule of equation {eq}`eq-schedule` to 90 %; the mask is updated every 100 steps and holds in between.", "name": "fig-magnitudes"}} tags=["hide-input"]
 weights = dense.get_layer("hidden").kernel.numpy().ravel()
@@ -194,7 +196,9 @@ glue("one_shot_80", one_shot_80, display=False)
 # %%
 pruned = copy(dense)
 at.prune(
-    pruned, at.PolynomialDecay(0.8, end_step=STEPS * 2 // 3, frequency=STEPS // 6), scope="global"
+    pruned,
+    at.PolynomialDecay(0.8, end_step=STEPS * 2 // 3, frequency=STEPS // 6),
+    scope="global",
 )
 train(pruned)
 print(f"sparsity {at.sparsity(pruned).total:.3f}, accuracy {accuracy(pruned):.1f} %")
@@ -260,18 +264,24 @@ curves = [
 for name, levels, color, marker, label in curves:
     x = np.log2(1 / (1 - np.array(levels)))
     runs = results[name]
-    axes.fill_between(x, runs.min(axis=0), runs.max(axis=0), color=color, alpha=0.2, lw=0)
+    axes.fill_between(
+        x, runs.min(axis=0), runs.max(axis=0), color=color, alpha=0.2, lw=0
+    )
     axes.plot(x, runs.mean(axis=0), marker=marker, color=color, label=label)
 ticks = np.array([0, *LEVELS])
 axes.set_xticks(np.log2(1 / (1 - ticks)), [f"{100 * t:.0f}" for t in ticks])
-axes.set(xlabel="sparsity [%], spaced by the weights that remain", ylabel="accuracy [%]")
+axes.set(
+    xlabel="sparsity [%], spaced by the weights that remain", ylabel="accuracy [%]"
+)
 axes.set(xlim=(-0.1, 5.8), ylim=(0, 104))
 axes.legend(loc="lower left")
 plt.show()
 
 # %% tags=["remove-cell"]
 mean = {
-    name: dict(zip(TRAINED if name == "trained" else LEVELS, runs.mean(axis=0), strict=True))
+    name: dict(
+        zip(TRAINED if name == "trained" else LEVELS, runs.mean(axis=0), strict=True)
+    )
     for name, runs in results.items()
 }
 assert mean["global"][0.8] > mean["layer"][0.8] + 15  # global wins, without training
@@ -355,7 +365,9 @@ with warnings.catch_warnings():
     import tensorflow_model_optimization as tfmot
     import tf_keras
 
-    peer = tfmot.sparsity.keras.prune_low_magnitude(to_tf_keras(dense), to_tfmot(gradual(0.8)))
+    peer = tfmot.sparsity.keras.prune_low_magnitude(
+        to_tf_keras(dense), to_tfmot(gradual(0.8))
+    )
     peer.compile(
         tf_keras.optimizers.Adam(2e-3),
         tf_keras.losses.SparseCategoricalCrossentropy(from_logits=True),
@@ -369,7 +381,10 @@ at.prune(ours, gradual(0.8))
 train(ours)
 at.report.Table(
     ("library", "sparsity", "accuracy [%]"),
-    [(n, at.sparsity(m).total, accuracy(m)) for n, m in [("TFMOT", peer), ("accel_tf", ours)]],
+    [
+        (n, at.sparsity(m).total, accuracy(m))
+        for n, m in [("TFMOT", peer), ("accel_tf", ours)]
+    ],
 )
 
 # %% tags=["remove-cell"]
@@ -386,12 +401,18 @@ assert abs(accuracy(peer) - accuracy(ours)) < 8
 
 # %%
 comparison = at.compare(
-    {"dense": dense, "90 % zeros": sparse_models[0.9]}, x_test, y_test, latency_batch=256, verbose=0
+    {"dense": dense, "90 % zeros": sparse_models[0.9]},
+    x_test,
+    y_test,
+    latency_batch=256,
+    verbose=0,
 )
 comparison
 
 # %% tags=["remove-cell"]
-assert comparison["dense"].latency.median < 2.5 * comparison["90 % zeros"].latency.median
+assert (
+    comparison["dense"].latency.median < 2.5 * comparison["90 % zeros"].latency.median
+)
 assert comparison["dense"].flops == comparison["90 % zeros"].flops
 
 # %% [markdown]
@@ -492,7 +513,10 @@ at.sparsity(sparse_models[0.95])
 
 # %% tags=["remove-cell"]
 layerwise = dict(
-    zip(*map(at.sparsity(sparse_models[0.95]).column, ("layer", "sparsity")), strict=True)
+    zip(
+        *map(at.sparsity(sparse_models[0.95]).column, ("layer", "sparsity")),
+        strict=True,
+    )
 )
 assert layerwise["hidden"] == max(layerwise.values()) and layerwise["conv1"] < 0.7
 
@@ -517,7 +541,9 @@ print(f"{accuracy(model):.1f} %")
 at.sparsity(model)
 
 # %% tags=["remove-cell"]
-layerwise = dict(zip(*map(at.sparsity(model).column, ("layer", "sparsity")), strict=True))
+layerwise = dict(
+    zip(*map(at.sparsity(model).column, ("layer", "sparsity")), strict=True)
+)
 assert layerwise["conv1"] == 0.5 and abs(layerwise["hidden"] - 0.95) < 1e-4
 
 # %% [markdown]

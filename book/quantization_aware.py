@@ -108,8 +108,12 @@ for place, channel in enumerate(np.argsort(np.abs(kernel).max(axis=0))):
     limit = np.abs(kernel[:, channel]).max()
     marks = np.linspace(-limit, limit, 15)
     panels["rulers"].plot([place] * 15, marks, "_", color="0.7", markersize=9)
-    panels["rulers"].plot([place] * 9, kernel[:, channel], "o", color="C0", markersize=3)
-panels["rulers"].set(xlabel="output channel, by range", ylabel="weight", xticks=[0, 5, 10, 15])
+    panels["rulers"].plot(
+        [place] * 9, kernel[:, channel], "o", color="C0", markersize=3
+    )
+panels["rulers"].set(
+    xlabel="output channel, by range", ylabel="weight", xticks=[0, 5, 10, 15]
+)
 panels["rulers"].set_title("A ruler per channel")
 panels["rulers"].grid(visible=False)
 plt.show()
@@ -141,7 +145,9 @@ def fake_quantize(x, low, high, bits=8):
     """Rounds x to 2**bits marks between low and high, which include 0."""
     steps = 2**bits - 1
     scale = (high - low) / steps
-    zero_point = np.round(-low / scale)  # a whole number, so that 0 is a mark: padding is exact
+    zero_point = np.round(
+        -low / scale
+    )  # a whole number, so that 0 is a mark: padding is exact
     clipped = tf.clip_by_value(x, -zero_point * scale, (steps - zero_point) * scale)
     q = tf.round(clipped / scale) + zero_point
     rounded = (q - zero_point) * scale
@@ -182,7 +188,9 @@ np.testing.assert_allclose(quantizer(x), ours, atol=1e-6)
 ptq = at.calibrate(cnn, x_train[:256], verbose=0)
 
 qat = at.quantize_aware(cnn)
-qat.compile(keras.optimizers.Adam(1e-4), "sparse_categorical_crossentropy", metrics=["accuracy"])
+qat.compile(
+    keras.optimizers.Adam(1e-4), "sparse_categorical_crossentropy", metrics=["accuracy"]
+)
 qat.fit(x_train, y_train, batch_size=64, epochs=2, verbose=0)
 
 at.report_of(qat)
@@ -253,7 +261,12 @@ for name, path in files.items():
 at.report.Table(
     ("file", "accuracy [%]", "size [kB]", "batch of 64"),
     [
-        (name, f"{100 * accuracy[name]:.1f}", f"{size[name] / 1e3:.1f}", str(times[name]))
+        (
+            name,
+            f"{100 * accuracy[name]:.1f}",
+            f"{size[name] / 1e3:.1f}",
+            str(times[name]),
+        )
         for name in files
     ],
     note=f"{at.benchmark.host()}; median ± interquartile range",
@@ -261,7 +274,11 @@ at.report.Table(
 
 # %% tags=["remove-cell"]
 glue("size_ratio", f"{size['float'] / size['our QAT']:.1f}", display=False)
-glue("speed_ratio", f"{times['float'].median / times['our QAT'].median:.1f}", display=False)
+glue(
+    "speed_ratio",
+    f"{times['float'].median / times['our QAT'].median:.1f}",
+    display=False,
+)
 glue("weights", f"{cnn.count_params():,}", display=False)
 points = 100 * (max(accuracy.values()) - min(accuracy.values()))
 glue("points", f"{points:.1f}", display=False)
@@ -327,7 +344,9 @@ assert trained[1] > score(cnn) - 0.04
 
 # %%
 batch = x_test[:64]
-inside_keras = at.measure_latency({"float": cnn, "fake-quantized": qat}, batch, verbose=0)
+inside_keras = at.measure_latency(
+    {"float": cnn, "fake-quantized": qat}, batch, verbose=0
+)
 for name, latency in inside_keras.items():
     print(f"{name:15} {latency}")
 
@@ -341,7 +360,9 @@ assert slower > 0.95
 # LSTM and you get an error that names the layer, and the way out:
 
 # %%
-unsupported = keras.Sequential([keras.Input((8, 8)), keras.layers.LSTM(4, name="memory")])
+unsupported = keras.Sequential(
+    [keras.Input((8, 8)), keras.layers.LSTM(4, name="memory")]
+)
 try:
     at.quantize_aware(unsupported)
 except ValueError as error:
@@ -401,7 +422,10 @@ for axes in ((), (-1,)):
 
 # %% tags=["remove-cell"]
 one = at.quantization.fake_quantize_weights(outlier, 8, ()).numpy()
-assert np.abs(one - outlier)[..., 1:].mean() > 10 * np.abs(rounded - outlier)[..., 1:].mean()
+assert (
+    np.abs(one - outlier)[..., 1:].mean()
+    > 10 * np.abs(rounded - outlier)[..., 1:].mean()
+)
 
 # %% [markdown]
 # One channel dictates the step of all. Per channel, it only dictates its own. Batch normalization produces such kernels

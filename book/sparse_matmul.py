@@ -70,9 +70,20 @@ figure, (left, right) = plt.subplots(1, 2, figsize=(7.2, 2.7), width_ratios=(1, 
 for (i, j), value in np.ndenumerate(small):
     box = plt.Rectangle((j, -i), 1, 1, fc=shades[i] if value else "white", ec="#bbbbbb")
     left.add_patch(box)
-    left.text(j + 0.5, -i + 0.5, value, ha="center", va="center", color="w" if value else "#bbbbbb")
+    left.text(
+        j + 0.5,
+        -i + 0.5,
+        value,
+        ha="center",
+        va="center",
+        color="w" if value else "#bbbbbb",
+    )
 left.set(xlim=(0, 5), ylim=(-3, 1), aspect="equal", title="dense: 20 numbers")
-lines = [("COO row", rows, rows), ("column", columns, rows), ("value", small[rows, columns], rows)]
+lines = [
+    ("COO row", rows, rows),
+    ("column", columns, rows),
+    ("value", small[rows, columns], rows),
+]
 lines += [("CSR pointer", pointers, None), *lines[1:]]
 for y, (name, numbers, of_row) in enumerate(lines):
     y = -1.05 * y - (0.8 if y > 2 else 0)
@@ -194,10 +205,14 @@ matrix
 exact = x.astype(np.float64) @ w
 magnitude = np.abs(x).astype(np.float64) @ np.abs(w)
 for result in (y.numpy(), naive(x, *csr), csr_matmul(x, *csr)):
-    assert np.max(np.abs(result - exact) / magnitude) < 1e-5  # prose: "the same up to rounding"
+    assert (
+        np.max(np.abs(result - exact) / magnitude) < 1e-5
+    )  # prose: "the same up to rounding"
 assert all(
     np.array_equal(a, b)
-    for a, b in zip(csr, (matrix.row_pointers, matrix.columns, matrix.values), strict=True)
+    for a, b in zip(
+        csr, (matrix.row_pointers, matrix.columns, matrix.values), strict=True
+    )
 )
 
 # %% [markdown]
@@ -341,17 +356,20 @@ def speedup(sparsity, batch, size=2048):
 
 sparsities = np.array([0.0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98])
 speedups = {
-    batch: np.array([speedup(s, batch) for s in sparsities])
-    for batch in (1, 64)
-}  # fmt: skip
+    batch: np.array([speedup(s, batch) for s in sparsities]) for batch in (1, 64)
+}
 
 # %% mystnb={"image": {"alt": "Speed-up over the dense product against sparsity on logarithmic axes. The measured curves for batch 1 and batch 64 rise with sparsity, run below the dashed line of the ideal, one over density, and cross the horizontal break-even line where sparse begins to pay."}, "figure": {"caption": "How many times faster than `tf.matmul` the sparse product is, 2048 × 2048, on the machine that built this page. In the shaded half the dense product wins. Dashed and dotted: the bounds, $1/d$ and, for batch 1, $1/(2d)$.", "name": "fig-sparse-speedup"}} tags=["hide-input"]
 density = 1 - sparsities
 figure, axes = plt.subplots()
 axes.axhspan(0.05, 1, color="#eeeeee", zorder=0)
 axes.axhline(1, color="#555555", linewidth=1)
-axes.plot(density, 1 / density, "--", color="#555555", linewidth=1.2, label="ideal $1/d$")
-axes.plot(density, 1 / (2 * density), ":", color="#555555", linewidth=1.2, label="$1/(2d)$")
+axes.plot(
+    density, 1 / density, "--", color="#555555", linewidth=1.2, label="ideal $1/d$"
+)
+axes.plot(
+    density, 1 / (2 * density), ":", color="#555555", linewidth=1.2, label="$1/(2d)$"
+)
 for (batch, values_), marker in zip(speedups.items(), "os", strict=True):
     axes.plot(density, values_, marker=marker, label=f"batch {batch}")
 axes.set(xscale="log", yscale="log", xlim=(1.15, 0.016), ylim=(0.1, 60))
@@ -370,7 +388,9 @@ def break_even(values):
     return 1 - np.exp(np.interp(0, np.log(values), np.log(density)))
 
 
-at_ninety = {batch: values[list(sparsities).index(0.9)] for batch, values in speedups.items()}
+at_ninety = {
+    batch: values[list(sparsities).index(0.9)] for batch, values in speedups.items()
+}
 for batch in speedups:
     glue(f"speedup{batch}", f"{at_ninety[batch]:.1f}", display=False)
     glue(
@@ -453,7 +473,7 @@ assert gains[0] < gains[-1]  # prose: a small layer gains less than a large one
 #
 # ## Use it in your project
 #
-# {py:func}`accel_tf.sparsify` does it for a whole model: `Dense` layers and 1 × 1 convolutions with enough zeros become
+# {py:func}`accel_tf.sparse.sparsify` does it for a whole model: `Dense` layers and 1 × 1 convolutions with enough zeros become
 # {py:class}`~accel_tf.sparse.SparseDense`, the others stay, and a report says which and why.
 
 # %%

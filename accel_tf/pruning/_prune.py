@@ -6,12 +6,13 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from accel_tf.layers import require_model
+from accel_tf.layers import require_model, walk
 from accel_tf.pruning._constraint import MaskConstraint, Masks, StepCounter
 from accel_tf.pruning._patterns import Unstructured
 from accel_tf.pruning._schedules import Schedule
 from accel_tf.pruning._selection import Weight, is_kernel, weights_of
 from accel_tf.report import Entry, Report, Table, attach
+from accel_tf.sparse import SparseDense
 
 
 def prune(
@@ -148,6 +149,12 @@ def sparsity(model: keras.Model) -> SparsityTable:
         rows.append((path, v.name, str(tuple(v.shape)), values.size, zeros, zeros / values.size))
         if pruned and v.constraint.masks.unfinished:
             unfinished[v.constraint.masks.unfinished] = None
+    for path, layer in walk(model):
+        if isinstance(layer, SparseDense):  # holds the kernel's other elements only
+            shape = layer.matrix.shape
+            size = shape[0] * shape[1]
+            zeros = size - int(np.count_nonzero(keras.ops.convert_to_numpy(layer.values)))
+            rows.append((path, "kernel", str(shape), size, zeros, zeros / size))
     n, zeros = sum(row[3] for row in rows), sum(row[4] for row in rows)
     total = zeros / n if n else 0.0
     rows.append(("total", "", "", n, zeros, total))

@@ -53,7 +53,9 @@ def sources_hash(root: Path = ROOT) -> str:
         files = sorted(top.rglob("*")) if top.is_dir() else [top]
         for file in files:
             if file.is_file() and "__pycache__" not in file.parts:
-                digest.update(str(file.relative_to(root)).encode() + b"\0" + file.read_bytes())
+                digest.update(
+                    str(file.relative_to(root)).encode() + b"\0" + file.read_bytes()
+                )
     return digest.hexdigest()
 
 
@@ -110,7 +112,9 @@ def execute(name: str, root: Path = ROOT) -> tuple[float, bool]:
             with open(log, "w") as stderr:
                 client.execute(stderr=stderr)
         except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
-            raise ChapterError(f"Chapter book/{name}.py failed (log: {log}):\n{error}") from None
+            raise ChapterError(
+                f"Chapter book/{name}.py failed (log: {log}):\n{error}"
+            ) from None
         _check_outputs(notebook, name)
         seconds = time.perf_counter() - start
         with _lock(root / "_build", "cache"):
@@ -124,7 +128,7 @@ def execute(name: str, root: Path = ROOT) -> tuple[float, bool]:
         return seconds, False
 
 
-def execute_all(names: list[str], root: Path = ROOT, jobs: int = 2) -> None:
+def execute_all(names: list[str], root: Path = ROOT, jobs: int = 1) -> None:
     """Executes chapters side by side, printing a line for each; raises after the last has ended."""
     errors = []
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
@@ -134,7 +138,8 @@ def execute_all(names: list[str], root: Path = ROOT, jobs: int = 2) -> None:
             try:
                 seconds, cached = done.result()
                 print(
-                    f"  {name:<24}{seconds:6.1f} s{'  (unchanged)' if cached else ''}", flush=True
+                    f"  {name:<24}{seconds:6.1f} s{'  (unchanged)' if cached else ''}",
+                    flush=True,
                 )
             except ChapterError as error:
                 print(f"  {name:<24}FAILED", flush=True)
@@ -155,7 +160,9 @@ def build(root: Path = ROOT) -> Path:
             problems = [
                 line
                 for line in result.stderr.splitlines()
-                if not line.startswith(("I0000", "WARNING: All log messages before absl"))
+                if not line.startswith(
+                    ("I0000", "WARNING: All log messages before absl")
+                )
             ]
             raise ChapterError("jupyter-book failed:\n" + "\n".join(problems[-60:]))
     return root / "_build" / "html" / "index.html"
@@ -186,13 +193,22 @@ def _lock(build: Path, name: str):
 def main() -> None:
     """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("chapters", nargs="*", help="names of chapters; all of them by default")
-    parser.add_argument("--execute", action="store_true", help="execute only, build no pages")
-    parser.add_argument("--jobs", type=int, default=2, help="chapters side by side (default: 2)")
+    parser.add_argument(
+        "chapters", nargs="*", help="names of chapters; all of them by default"
+    )
+    parser.add_argument(
+        "--execute", action="store_true", help="execute only, build no pages"
+    )
+    # Chapters measure times, which a neighbour on the same cores would spoil.
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="chapters side by side (default: 1)"
+    )
     args = parser.parse_args()
     unknown = set(args.chapters) - set(chapters())
     if unknown:
-        parser.error(f"no such chapter: {', '.join(unknown)}; there are {', '.join(chapters())}")
+        parser.error(
+            f"no such chapter: {', '.join(unknown)}; there are {', '.join(chapters())}"
+        )
     # Inherited by the kernels.
     os.environ.update(TF_CPP_MIN_LOG_LEVEL="3", PYDEVD_DISABLE_FILE_VALIDATION="1")
     try:

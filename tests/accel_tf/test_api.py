@@ -69,7 +69,8 @@ def test_examples_in_docstrings_run(module):
 def test_importing_the_package_imports_nothing_beyond_keras():
     script = (
         "import sys, tensorflow, keras; before = set(sys.modules); import accel_tf;"
-        "new = {name.partition('.')[0] for name in set(sys.modules) - before};"
+        # TensorFlow makes a module of the loaded op, whose name is a hash.
+        "new = {n.partition('.')[0] for n in set(sys.modules) - before if len(n) != 40};"
         "print(sorted(new - set(sys.stdlib_module_names) - {'accel_tf'}))"
     )
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

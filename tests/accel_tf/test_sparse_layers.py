@@ -327,3 +327,11 @@ def test_sparsify_applications(name):
     want = np.asarray(model(x))
     np.testing.assert_allclose(fast(x), want, atol=1e-4 * np.abs(want).max())
     assert np.abs(want[0] - want[1]).max() > 1e-2 * np.abs(want).max()  # the signal gets through
+
+
+def test_sparsity_counts_the_zeros_that_a_sparse_layer_does_not_store():
+    model = keras.Sequential([keras.Input((20,)), keras.layers.Dense(10, name="head")])
+    at.prune(model, at.ConstantSparsity(0.9))
+    fast = at.sparsify(model)
+    assert at.sparsity(fast).rows == at.sparsity(model).rows
+    assert at.sparsity(fast).total == 0.9

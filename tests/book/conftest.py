@@ -26,7 +26,7 @@ def book_build():
 @pytest.fixture(scope="session")
 def html(book_build) -> Path:
     """The folder of the built pages."""
-    book_build.execute_all(book_build.chapters(), jobs=1)
+    book_build.execute_all(book_build.chapters())
     return book_build.build().parent
 
 
