@@ -6,6 +6,11 @@ import sys
 
 import pytest
 
+# The notebook client leaves an event loop open in the thread that ran it; it holds no kernel.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*BaseEventLoop:pytest.PytestUnraisableExceptionWarning"
+)
+
 HEADER = """# ---
 # jupyter:
 #   kernelspec:
