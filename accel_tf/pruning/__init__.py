@@ -1,5 +1,7 @@
 """Magnitude pruning: set the smallest weights to zero while the model trains.
 
+::
+
     _schedules   ConstantSparsity, PolynomialDecay     how sparse, at which step
     _patterns    Unstructured                          which weights go together
     _prune       prune, sparsity                       the verb, and how sparse a model is

@@ -3,7 +3,7 @@
 A real number x is stored as an integer q with x ≈ s·(q − z): scale s, zero point z (Jacob et al.,
 "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference",
 CVPR 2018, equation 1). Both verbs return the same kind of model, one that computes in float on the
-very grid that the integer runtime will use:
+very grid that the integer runtime will use::
 
     quantize_aware   fake quantization to train with `fit` (QAT)                _rewrite.py
     calibrate        the same, ranges from data, without training (PTQ)         _calibrate.py

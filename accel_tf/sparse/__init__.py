@@ -1,5 +1,7 @@
 """Sparse weights that make a layer faster, on a compiled op.
 
+::
+
     the matrix      SparseMatrix                         _matrix.py
     the product     sparse_matmul                        _matrix.py, custom_ops/
     the layer       SparseDense                          _layers.py
