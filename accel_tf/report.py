@@ -129,7 +129,9 @@ class Report:
     @property
     def summary(self) -> str:
         """The report in one line."""
-        return f"{self.verb}: {len(self.done)} layers changed, {len(self.skipped)} left alone"
+        n = len(self.done)
+        changed = f"{n} layer{'' if n == 1 else 's'} changed"
+        return f"{self.verb}: {changed}, {len(self.skipped)} left alone"
 
     def __str__(self) -> str:
         return str(self.table)
@@ -162,7 +164,7 @@ def report_of(model) -> Report:
     >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
     >>> attach(model, Report("prune", done=(Entry("dense", "half of 8 weights"),)))  # a verb does
     >>> print(report_of(model))
-    prune: 1 layers changed, 0 left alone
+    prune: 1 layer changed, 0 left alone
     layer  changed  note
     -----  -------  -----------------
     dense  yes      half of 8 weights

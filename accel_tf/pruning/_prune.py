@@ -72,7 +72,7 @@ def prune(
     >>> import accel_tf as at
     >>> model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(10, name="head")])
     >>> print(at.prune(model, at.ConstantSparsity(0.75)))
-    prune: 1 layers changed, 0 left alone
+    prune: 1 layer changed, 0 left alone
     layer  changed  note
     -----  -------  ------------------------------
     head   yes      kernel (8, 10): 0.75 by step 0

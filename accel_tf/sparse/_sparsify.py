@@ -39,7 +39,7 @@ def sparsify(model: keras.Model, *, min_sparsity: float = 0.8) -> keras.Model:
     >>> model.layers[0].set_weights([kernel, np.zeros(8)])
     >>> fast = at.sparsify(model)
     >>> print(at.report_of(fast))
-    sparsify: 1 layers changed, 0 left alone
+    sparsify: 1 layer changed, 0 left alone
     layer  changed  note
     -----  -------  -----------------------------------------
     head   yes      Dense (64, 8), 93.8 % zeros → SparseDense

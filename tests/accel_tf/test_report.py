@@ -69,7 +69,7 @@ def test_a_ragged_row_is_named():
 
 def test_report_lists_what_was_done_and_what_was_not():
     made = Report("prune", (Entry("conv", "50 %"),), (Entry("bn", "no kernel"),))
-    assert made.summary == "prune: 1 layers changed, 1 left alone"
+    assert made.summary == "prune: 1 layer changed, 1 left alone"
     assert made.table.column("layer") == ["conv", "bn"]
     assert made.table.column("changed") == ["yes", "no"]
     assert "no kernel" in str(made) and "no kernel" in made._repr_html_()
