@@ -310,7 +310,10 @@ for name, level in [
 # $H(d)$ {footcite}`shannon1948mathematical`, and 32 bits if it is not:
 #
 # $$
-# \text{bits per weight} \;\approx\; 32\,d + H(d), \qquad H(d) = -d \log_2 d - (1-d) \log_2 (1-d)
+# \begin{aligned}
+# \text{bits per weight} &\approx 32\,d + H(d), \\
+# H(d) &= -d \log_2 d - (1-d) \log_2 (1-d)
+# \end{aligned}
 # $$ (eq-bits)
 #
 # At 90 % these are {glue:text}`bits:.1f` bits instead of 32. Let us compare that with what gzip makes of the kernels:
@@ -449,17 +452,17 @@ at.prune(copy(dense), at.ConstantSparsity(0.9), exclude=["conv1", "logits"])
 # ```python
 # import accel_tf as at
 #
-# model = ...                                   # any built Keras 3 model, trained already
+# model = ...                             # any built Keras 3 model, trained already
 # steps = 20 * steps_per_epoch
 # schedule = at.PolynomialDecay(final_sparsity=0.9, end_step=steps * 2 // 3)
-# print(at.prune(model, schedule, scope="global", exclude="stem*"))    # what is pruned, and what not
+# print(at.prune(model, schedule, scope="global", exclude="stem*"))
 #
-# model.compile(...)                            # before or after prune; lower the learning rate
-# model.fit(x, y, epochs=20)                    # exact after each step; XLA, float16, several GPUs
+# model.compile(...)                      # before or after prune; lower the learning rate
+# model.fit(x, y, epochs=20)              # exact after each step; XLA, float16, replicas
 #
 # print(at.sparsity(model))
-# model.save("sparse.keras")                    # a plain Keras file
-# fast = at.sparsify(model)                     # skips the zeros, where that is faster
+# model.save("sparse.keras")              # a plain Keras file
+# fast = at.sparsify(model)               # skips the zeros, where that is faster
 # ```
 #
 # The schedule counts steps from the call of {py:func}`~accel_tf.pruning.prune`. In a training loop of your own, pass `optimizer=`; to go on after loading a

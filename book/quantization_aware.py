@@ -145,9 +145,7 @@ def fake_quantize(x, low, high, bits=8):
     """Rounds x to 2**bits marks between low and high, which include 0."""
     steps = 2**bits - 1
     scale = (high - low) / steps
-    zero_point = np.round(
-        -low / scale
-    )  # a whole number, so that 0 is a mark: padding is exact
+    zero_point = np.round(-low / scale)  # whole, so that 0 is a mark: padding is exact
     clipped = tf.clip_by_value(x, -zero_point * scale, (steps - zero_point) * scale)
     q = tf.round(clipped / scale) + zero_point
     rounded = (q - zero_point) * scale
@@ -360,13 +358,15 @@ assert slower > 0.95
 # LSTM and you get an error that names the layer, and the way out:
 
 # %%
+import textwrap
+
 unsupported = keras.Sequential(
     [keras.Input((8, 8)), keras.layers.LSTM(4, name="memory")]
 )
 try:
     at.quantize_aware(unsupported)
 except ValueError as error:
-    print(error)
+    print(textwrap.fill(str(error), 80))
 
 # %% [markdown]
 # ## Use it in your project
@@ -377,17 +377,17 @@ except ValueError as error:
 #
 # model = keras.models.load_model("mine.keras")
 #
-# quantized = at.calibrate(model, x_train[:512])          # 1. try without training
+# quantized = at.calibrate(model, x_train[:512])  # 1. try without training
 # print(at.report_of(quantized))
 # quantized.compile(metrics=["accuracy"])
 # quantized.evaluate(x_val, y_val)
 #
-# quantized = at.quantize_aware(model)                    # 2. only if that lost accuracy:
+# quantized = at.quantize_aware(model)            # 2. only if that lost accuracy:
 # quantized.compile(keras.optimizers.Adam(1e-5), "sparse_categorical_crossentropy")
-# quantized.fit(x_train, y_train, epochs=2)               #    fine-tune, at a small learning rate
+# quantized.fit(x_train, y_train, epochs=2)       #    fine-tune, at a small rate
 #
-# print(at.export.litert(quantized, "mine.tflite"))       # raises unless every operator is int8
-# quantized.save("quantized.keras")                       # to load it: import accel_tf
+# print(at.export.litert(quantized, "mine.tflite"))
+# quantized.save("quantized.keras")               # to load it: import accel_tf
 # ```
 #
 # API: {py:func}`accel_tf.quantization.calibrate`, {py:func}`accel_tf.quantization.quantize_aware`,

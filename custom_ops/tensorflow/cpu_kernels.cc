@@ -122,12 +122,21 @@ class SparseOp : public OpKernel {
   const Kernels* kernels_ = nullptr;
 };
 
-class SparseMatMul : public SparseOp {
+// The ops whose matrix is as wide as an attribute says, not as an input is.
+class SparseOpOfWidth : public SparseOp {
  public:
-  explicit SparseMatMul(OpKernelConstruction* context) : SparseOp(context) {
+  explicit SparseOpOfWidth(OpKernelConstruction* context) : SparseOp(context) {
     OP_REQUIRES_OK(context, context->GetAttr("in_features", &in_features_));
     OP_REQUIRES_OK(context, CheckInFeatures(in_features_));
   }
+
+ protected:
+  int64_t in_features_ = 0;
+};
+
+class SparseMatMul : public SparseOpOfWidth {
+ public:
+  using SparseOpOfWidth::SparseOpOfWidth;
 
   void Compute(OpKernelContext* context) override {
     const ParallelFor parallel_for = OnIntraOpThreads(context);
@@ -138,17 +147,11 @@ class SparseMatMul : public SparseOp {
                                     in_features_, parallel_for, &w));
     OP_REQUIRES_OK(context, MultiplyInto(context, w, x, parallel_for));
   }
-
- private:
-  int64_t in_features_ = 0;
 };
 
-class SparseMatMulGradX : public SparseOp {
+class SparseMatMulGradX : public SparseOpOfWidth {
  public:
-  explicit SparseMatMulGradX(OpKernelConstruction* context) : SparseOp(context) {
-    OP_REQUIRES_OK(context, context->GetAttr("in_features", &in_features_));
-    OP_REQUIRES_OK(context, CheckInFeatures(in_features_));
-  }
+  using SparseOpOfWidth::SparseOpOfWidth;
 
   void Compute(OpKernelContext* context) override {
     const ParallelFor parallel_for = OnIntraOpThreads(context);
@@ -170,9 +173,6 @@ class SparseMatMulGradX : public SparseOp {
     const Csr transposed = Transpose(w, pointers, columns, values);
     OP_REQUIRES_OK(context, MultiplyInto(context, transposed, dy, parallel_for));
   }
-
- private:
-  int64_t in_features_ = 0;
 };
 
 class SparseMatMulGradValues : public SparseOp {
