@@ -2,6 +2,7 @@
 #include "kernels/csr.h"
 
 #include <algorithm>
+#include <mutex>
 
 namespace accel_tf {
 namespace {
@@ -39,6 +40,23 @@ std::string CheckColumns(const Csr& matrix, int64_t begin, int64_t end) {
   while (static_cast<uint32_t>(columns[begin]) < limit) ++begin;
   return At("columns", begin, columns[begin]) + ", expected a value in [0, " +
          std::to_string(matrix.cols) + ")";
+}
+
+std::string Check(const Csr& matrix, const ParallelFor& parallel_for) {
+  std::string fault = CheckRowPointers(matrix);
+  if (!fault.empty()) return fault;
+  std::mutex mutex;
+  int64_t first = matrix.nonzeros;
+  parallel_for(matrix.nonzeros, 1, [&](int64_t begin, int64_t end) {
+    std::string found = CheckColumns(matrix, begin, end);
+    if (found.empty()) return;
+    std::lock_guard<std::mutex> lock(mutex);
+    if (begin < first) {
+      first = begin;
+      fault = std::move(found);
+    }
+  });
+  return fault;
 }
 
 Csr Transpose(const Csr& matrix, int64_t* row_pointers, int32_t* columns, float* values) {

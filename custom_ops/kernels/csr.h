@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <string>
 
+#include "kernels/parallel.h"
+
 namespace accel_tf {
 
 // A matrix of `rows` outputs × `cols` inputs. Row n holds the non-zeros p in
@@ -25,6 +27,9 @@ std::string CheckRowPointers(const Csr& matrix);
 
 // The same for columns[begin, end): each must lie in [0, cols).
 std::string CheckColumns(const Csr& matrix, int64_t begin, int64_t end);
+
+// Returns CheckRowPointers, then CheckColumns over all threads; the first fault by position.
+std::string Check(const Csr& matrix, const ParallelFor& parallel_for);
 
 // Writes the transpose of a checked `matrix` into caller-owned arrays of cols + 1, nonzeros and
 // nonzeros elements, and returns a view of them. Stable: within a row, columns ascend, so that the

@@ -2,7 +2,6 @@
 #include "kernels/sparse_matmul.h"
 
 #include <algorithm>
-#include <mutex>
 
 namespace accel_tf {
 namespace {
@@ -36,23 +35,6 @@ void PackAll(const Kernels& kernels, const float* x, int64_t batch, int64_t cols
 }
 
 }  // namespace
-
-std::string Check(const Csr& matrix, const ParallelFor& parallel_for) {
-  std::string fault = CheckRowPointers(matrix);
-  if (!fault.empty()) return fault;
-  std::mutex mutex;
-  int64_t first = matrix.nonzeros;
-  parallel_for(matrix.nonzeros, 1, [&](int64_t begin, int64_t end) {
-    std::string found = CheckColumns(matrix, begin, end);
-    if (found.empty()) return;
-    std::lock_guard<std::mutex> lock(mutex);
-    if (begin < first) {
-      first = begin;
-      fault = std::move(found);
-    }
-  });
-  return fault;
-}
 
 int64_t PackedSize(int64_t batch, int64_t cols) {
   int64_t size;

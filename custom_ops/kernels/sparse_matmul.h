@@ -5,21 +5,12 @@
 #pragma once
 
 #include <cstdint>
-#include <functional>
-#include <string>
 
 #include "kernels/csr.h"
 #include "kernels/dispatch.h"
+#include "kernels/parallel.h"
 
 namespace accel_tf {
-
-// Calls work(begin, end) on ranges that cover [0, total) exactly once, on any threads, and returns
-// when all are done. `cost` is the work of one unit, in cycles, roughly.
-using Work = std::function<void(int64_t begin, int64_t end)>;
-using ParallelFor = std::function<void(int64_t total, int64_t cost, const Work& work)>;
-
-// Returns CheckRowPointers, then CheckColumns over all threads; the first fault by position.
-std::string Check(const Csr& matrix, const ParallelFor& parallel_for);
 
 // The number of floats that packing `batch` rows of `cols` takes; -1 if it does not fit int64.
 int64_t PackedSize(int64_t batch, int64_t cols);
