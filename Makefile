@@ -33,7 +33,7 @@ lab: $(INSTALLED)  ## open the chapters as notebooks in JupyterLab
 	@$(BIN)/jupyter lab --notebook-dir=book $(if $(filter 0,$(shell id -u)),--allow-root)
 
 bench: $(INSTALLED)  ## run the comparisons with peers; writes benchmarks/results
-	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done
+	@set -e; for script in benchmarks/[!_]*.py; do echo "== $$script"; $(BIN)/python $$script; done
 
 format: $(INSTALLED)  ## format and lint Python and C++ in place
 	@$(BIN)/ruff check --fix . && $(BIN)/ruff format .
@@ -61,7 +61,7 @@ browser:
 $(PACKAGES): requirements.lock
 	@$(MAKE) --no-print-directory tools
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "Installing the pinned packages into $(VENV) (3 GB, some minutes on the first run)"
+	@echo "Installing the pinned packages into $(VENV) (4 GB, some minutes on the first run)"
 	@$(BIN)/python -m pip install --quiet --requirement requirements.lock
 	@touch $@
 
