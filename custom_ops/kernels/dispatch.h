@@ -5,42 +5,54 @@
 #include <string>
 #include <vector>
 
-#include "kernels/csr.h"
+#include "kernels/sliced.h"
 
 namespace accel_tf {
 
-// Activations are packed in tiles of 8, 16 or 32 batch rows, input-major: packed[k * tile + b] is
-// x[b, k]. A non-zero then multiplies `tile` contiguous floats: whole vectors and no gather.
-// A tile that holds fewer batch rows is padded with zeros.
-constexpr int kMaxTile = 32;
+// Activations are packed in tiles of 16 or 32 batch rows, input-major: packed[k * width + b] is
+// x[b, k]. A non-zero then multiplies `width` contiguous floats: whole vectors and no gather. A
+// tile that holds fewer batch rows is padded with zeros.
+constexpr int kMinWidth = 16;
+constexpr int kMaxWidth = 32;
 
-// Below this many batch rows, packing costs more than it saves, and `multiply_vector` runs instead.
-constexpr int64_t kMinPackedBatch = 2;
+enum class Activation { kLinear, kRelu, kRelu6 };
 
-// Outputs are computed in blocks of this many rows of the matrix, then written transposed.
-constexpr int kRowBlock = 16;
+// What becomes of a sum before it is stored: activation(scales[n] · sum + bias[n]).
+struct Epilogue {
+  const float* scales = nullptr;  // null: 1
+  const float* bias = nullptr;    // null: 0
+  Activation activation = Activation::kLinear;
+};
 
-// No kernel needs alignment, checks its input, allocates, or starts a thread. Rows [begin, end) are
-// rows of `matrix`; results outside of them are left alone.
+// No kernel needs alignment, checks its input, allocates, or starts a thread. `slices` are those of
+// one chunk and one tile; `x`, `dx` point to that tile's columns, and `sums`, `dy` to that chunk's
+// rows, each followed by one more: a column or row of zeros, or one whose result is not wanted.
 struct Kernels {
   const char* name;
 
-  // packed[0, cols * tile) = the transpose of x[0, batch) × [0, cols), whose rows are `cols` apart.
-  // 0 < batch <= tile.
-  void (*pack)(const float* x, int64_t batch, int64_t cols, int tile, float* packed);
+  // packed[i, b] = x[b * stride + i] for i in [0, count), b in [0, batch); zeros up to [slots,
+  // width].
+  void (*pack)(const float* x, int64_t stride, int64_t batch, int64_t count, int64_t slots,
+               int width, float* packed);
 
-  // y[b * y_stride + n] = Σ_p values[p] · packed[columns[p], b]    for b in [0, batch), n in
-  // [begin, end)
-  void (*multiply_tile)(const Csr& matrix, const float* packed, int tile, int64_t batch,
-                        int64_t begin, int64_t end, float* y, int64_t y_stride);
+  // y[b * stride + i] = epilogue of packed[i, b], for i in [0, count), b in [0, batch).
+  void (*unpack)(const float* packed, int64_t count, int64_t batch, int width,
+                 const Epilogue& epilogue, float* y, int64_t stride);
 
-  // y[n] = Σ_p values[p] · x[columns[p]]    for n in [begin, end)
-  void (*multiply_vector)(const Csr& matrix, const float* x, int64_t begin, int64_t end, float* y);
+  // sums[row, b] += value · x[column, b], for all non-zeros of the slices.
+  void (*multiply)(const Sliced& w, int64_t begin, int64_t end, const float* x, int width,
+                   float* sums);
 
-  // d[p] += Σ_b dy[n, b] · x[columns[p], b]    for p in the rows n in [begin, end), over one tile
-  // of packed dy and x: the product of two dense matrices, sampled at the non-zeros.
-  void (*sampled_product)(const Csr& pattern, const float* dy, const float* x, int tile,
-                          int64_t begin, int64_t end, float* d);
+  // The same for one batch row: sums[row] += value · x[column].
+  void (*multiply_vector)(const Sliced& w, int64_t begin, int64_t end, const float* x, float* sums);
+
+  // dx[column, b] += value · dy[row, b].
+  void (*multiply_transposed)(const Sliced& w, int64_t begin, int64_t end, const float* dy,
+                              int width, float* dx);
+
+  // d[non-zero] += Σ_b dy[row, b] · x[column, b]: the product of two dense matrices, sampled.
+  void (*sample)(const Sliced& pattern, int64_t begin, int64_t end, const float* dy, const float* x,
+                 int width, float* d);
 };
 
 // The instruction sets that this build has and this host can run, best last.

@@ -1,28 +1,32 @@
-// Kernels for x86-64 with AVX2 and FMA: eight lanes.
-#include <immintrin.h>
-
+// Kernels for x86-64 with AVX2 and FMA: eight lanes, sixteen registers.
 #include "kernels/generic.h"
+#include "kernels/x86.h"
 
 namespace accel_tf {
 namespace {
 
-struct Avx2 {
+struct Avx2 : X86 {
   using Reg = __m256;
   static constexpr int kLanes = 8;
+  static constexpr int kRows = 2, kVectors = 4, kGradientVectors = 2;
   static Reg Zero() { return _mm256_setzero_ps(); }
-  static Reg Broadcast(float value) { return _mm256_set1_ps(value); }
   static Reg Load(const float* p) { return _mm256_loadu_ps(p); }
   static void Store(float* p, Reg a) { _mm256_storeu_ps(p, a); }
   static Reg Add(Reg a, Reg b) { return _mm256_add_ps(a, b); }
   static Reg MultiplyAdd(Reg a, Reg b, Reg c) { return _mm256_fmadd_ps(a, b, c); }
-  static Reg Gather(const float* base, const int32_t* index) {
-    return _mm256_i32gather_ps(base, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(index)),
-                               sizeof(float));
+
+  // The four floats, in both halves: a shuffle within each then broadcasts any of them, and needs
+  // no load, of which the processor has too few.
+  using Quad = Reg;
+  static Quad LoadQuad(const float* p) {
+    return _mm256_broadcast_ps(reinterpret_cast<const __m128*>(p));
   }
-  static float Sum(Reg a) {
-    __m128 s = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
-    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
-    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+  static Quad LoadQuad(const int8_t* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_broadcastd_epi32(FourBytes(p))));
+  }
+  template <int i>
+  static Reg Broadcast(Quad quad) {
+    return _mm256_permute_ps(quad, i * 0x55);
   }
 };
 

@@ -1,100 +1,255 @@
-// Cuts the products into tiles of the batch and blocks of rows, and hands them to the kernels.
+// Cuts the products into tiles of the batch, chunks of rows and tiles of columns, and hands them to
+// the kernels.
 #include "kernels/sparse_matmul.h"
 
 #include <algorithm>
+#include <functional>
+#include <limits>
+#include <mutex>
 
 namespace accel_tf {
 namespace {
 
-int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// The batch in tiles: all of kMaxTile rows, but for the last one, which is the smallest that fits.
-struct Tiles {
-  int64_t batch;
-  int64_t count() const { return CeilDiv(batch, kMaxTile); }
-  int64_t rows(int64_t t) const { return std::min<int64_t>(kMaxTile, batch - t * kMaxTile); }
-  int width(int64_t t) const {
-    const int64_t r = rows(t);
-    return r <= 8 ? 8 : r <= 16 ? 16 : kMaxTile;
-  }
+// The batch in tiles: all of kMaxWidth rows, but for the last one, which is as narrow as will do.
+struct Batch {
+  int64_t size;
+  int64_t tiles() const { return size / kMaxWidth + (size % kMaxWidth != 0); }
+  int64_t rows(int64_t t) const { return std::min<int64_t>(kMaxWidth, size - t * kMaxWidth); }
+  int width(int64_t t) const { return rows(t) <= kMinWidth ? kMinWidth : kMaxWidth; }
+  // Of all tiles together.
+  int64_t widths() const { return size == 0 ? 0 : (tiles() - 1) * kMaxWidth + width(tiles() - 1); }
 };
 
-int64_t CostPerRow(const Csr& w, int64_t batch) {
-  return (w.nonzeros / std::max<int64_t>(w.rows, 1) + 1) * std::max<int64_t>(batch / 8, 1);
+// An axis of a matrix, cut into parts, each of which is followed by one spare slot when it is
+// packed.
+struct Axis {
+  int64_t size;
+  int64_t parts;
+  std::function<int64_t(int64_t)> start;  // of part 0 … parts
+
+  int64_t slots() const { return size + parts; }
+  int64_t count(int64_t part) const { return start(part + 1) - start(part); }
+  int64_t slot(int64_t part) const { return start(part) + part; }
+};
+
+Axis Rows(const Sliced& w) {
+  return {w.rows, w.chunks, [&w](int64_t c) -> int64_t { return w.chunk_rows[c]; }};
 }
 
-void PackAll(const Kernels& kernels, const float* x, int64_t batch, int64_t cols, float* packed,
-             const ParallelFor& parallel_for) {
-  const Tiles tiles{batch};
-  parallel_for(tiles.count(), cols * kMaxTile, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) {
-      kernels.pack(x + t * kMaxTile * cols, tiles.rows(t), cols, tiles.width(t),
-                   packed + t * kMaxTile * cols);
+Axis Columns(const Sliced& w) {
+  // Every tile is packed to its full width, that a column which is past the last one reads zeros.
+  return {w.tiles * w.tile, w.tiles, [&w](int64_t t) { return t * w.tile; }};
+}
+
+int64_t PackedSize(int64_t widths, int64_t slots) {
+  int64_t size;
+  return __builtin_mul_overflow(widths, slots, &size) ? -1 : size;
+}
+
+int64_t Sum(int64_t a, int64_t b) {
+  int64_t sum;
+  return a < 0 || b < 0 || __builtin_add_overflow(a, b, &sum) ? -1 : sum;
+}
+
+// Packed activations: tile t of the batch starts at t · kMaxWidth · axis.slots().
+const float* PackedAt(const float* packed, const Axis& axis, const Batch& batch, int64_t t,
+                      int64_t part) {
+  return packed + t * kMaxWidth * axis.slots() + axis.slot(part) * batch.width(t);
+}
+
+void PackAll(const Kernels& kernels, const float* x, int64_t stride, const Batch& batch,
+             const Axis& axis, float* packed, const ParallelFor& parallel_for) {
+  const int64_t cost = axis.slots() / std::max<int64_t>(axis.parts, 1) * kMaxWidth / 2;
+  parallel_for(batch.tiles() * axis.parts, cost, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t t = i / axis.parts, part = i % axis.parts, first = axis.start(part);
+      // The last tile of columns may be narrower than the others.
+      const int64_t count = std::min(axis.count(part), stride - first);
+      kernels.pack(x + t * kMaxWidth * stride + first, stride, batch.rows(t), count,
+                   axis.count(part) + 1, batch.width(t),
+                   const_cast<float*>(PackedAt(packed, axis, batch, t, part)));
     }
   });
+}
+
+// Remembers the fault of the lowest chunk, whichever thread finds it first.
+class Faults {
+ public:
+  // Whether `chunk` is sound.
+  bool Check(const Sliced& w, int64_t chunk) {
+    std::string fault = CheckColumns(w, chunk);
+    if (fault.empty()) return true;
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (chunk < chunk_) {
+      chunk_ = chunk;
+      fault_ = std::move(fault);
+    }
+    return false;
+  }
+  std::string first() const { return fault_; }
+
+ private:
+  std::mutex mutex_;
+  int64_t chunk_ = std::numeric_limits<int64_t>::max();
+  std::string fault_;
+};
+
+std::string CheckAllColumns(const Sliced& w, const ParallelFor& parallel_for) {
+  Faults faults;
+  parallel_for(w.chunks, w.steps() / std::max<int64_t>(w.chunks, 1) / 4 + 1,
+               [&](int64_t begin, int64_t end) {
+                 for (int64_t c = begin; c < end; ++c) faults.Check(w, c);
+               });
+  return faults.first();
+}
+
+// The cycles that the non-zeros of one of `parts` take, roughly.
+int64_t Cost(const Sliced& w, int64_t parts, int64_t batch_rows) {
+  const int64_t values = w.steps() * w.height / std::max<int64_t>(parts, 1) + 1;
+  return values * std::max<int64_t>(batch_rows / 16, 1) + w.rows;
+}
+
+Epilogue OfRows(Epilogue epilogue, int64_t first) {
+  if (epilogue.scales != nullptr) epilogue.scales += first;
+  if (epilogue.bias != nullptr) epilogue.bias += first;
+  return epilogue;
+}
+
+// A single batch row is not packed, only copied tile by tile, each with its zero.
+std::string MultiplyRow(const Kernels& kernels, const Sliced& w, const float* x,
+                        const Epilogue& epilogue, float* y, float* scratch,
+                        const ParallelFor& parallel_for) {
+  const Axis columns = Columns(w);
+  for (int64_t t = 0; t < w.tiles; ++t) {
+    const int64_t count = std::min(w.tile, w.cols - t * w.tile);
+    float* tile = scratch + columns.slot(t);
+    std::copy_n(x + t * w.tile, count, tile);
+    std::fill(tile + count, tile + w.tile + 1, 0.0f);
+  }
+  Faults faults;
+  parallel_for(w.chunks, Cost(w, w.chunks, 1), [&](int64_t begin, int64_t end) {
+    float sums[kMaxChunkRows + 1];
+    for (int64_t c = begin; c < end; ++c) {
+      if (!faults.Check(w, c)) continue;
+      const int64_t first = w.chunk_rows[c], rows = w.rows_of(c);
+      std::fill(sums, sums + rows + 1, 0.0f);
+      for (int64_t t = 0; t < w.tiles; ++t) {
+        const int32_t* slices = w.slice_starts + c * w.tiles + t;
+        kernels.multiply_vector(w, slices[0], slices[1], scratch + columns.slot(t), sums);
+      }
+      kernels.unpack(sums, rows, 1, 1, OfRows(epilogue, first), y + first, w.rows);
+    }
+  });
+  return faults.first();
 }
 
 }  // namespace
 
-int64_t PackedSize(int64_t batch, int64_t cols) {
-  int64_t size;
-  if (batch == 0) return 0;
-  const Tiles tiles{batch};
-  const int64_t last = tiles.count() - 1;
-  return __builtin_mul_overflow(last * kMaxTile + tiles.width(last), cols, &size) ? -1 : size;
+int64_t MultiplyScratch(const Sliced& w, int64_t batch) {
+  return batch == 1 ? Columns(w).slots() : PackedSize(Batch{batch}.widths(), Columns(w).slots());
 }
 
-int64_t MultiplyScratch(const Csr& w, int64_t batch) {
-  return batch < kMinPackedBatch ? 0 : PackedSize(batch, w.cols);
-}
-
-void Multiply(const Kernels& kernels, const Csr& w, const float* x, int64_t batch, float* y,
-              float* scratch, const ParallelFor& parallel_for) {
-  if (batch == 0 || w.rows == 0) return;
-  const int64_t blocks = CeilDiv(w.rows, kRowBlock);
-  const auto rows_of = [&](int64_t block) {
-    return std::min<int64_t>((block + 1) * kRowBlock, w.rows);
-  };
-  if (batch < kMinPackedBatch) {
-    parallel_for(blocks, CostPerRow(w, batch) * kRowBlock, [&](int64_t begin, int64_t end) {
-      for (int64_t b = 0; b < batch; ++b) {
-        kernels.multiply_vector(w, x + b * w.cols, begin * kRowBlock, rows_of(end - 1),
-                                y + b * w.rows);
-      }
-    });
-    return;
+std::string Multiply(const Kernels& kernels, const Sliced& w, const float* x, int64_t batch_size,
+                     const Epilogue& epilogue, float* y, float* scratch,
+                     const ParallelFor& parallel_for) {
+  if (batch_size == 1) return MultiplyRow(kernels, w, x, epilogue, y, scratch, parallel_for);
+  const Batch batch{batch_size};
+  const Axis columns = Columns(w);
+  // With one tile of the batch, the thread that multiplies a chunk checks it, and finds it in its
+  // cache; with more, that would be done more than once.
+  const bool check_as_we_go = batch.tiles() == 1;
+  if (!check_as_we_go) {
+    const std::string fault = CheckAllColumns(w, parallel_for);
+    if (!fault.empty()) return fault;
   }
-  PackAll(kernels, x, batch, w.cols, scratch, parallel_for);
-  const Tiles tiles{batch};
-  // Unit i is block i % blocks of tile i / blocks: neighbours share a packed tile.
-  parallel_for(tiles.count() * blocks, CostPerRow(w, kMaxTile) * kRowBlock,
+  PackAll(kernels, x, w.cols, batch, columns, scratch, parallel_for);
+  Faults faults;
+  parallel_for(batch.tiles() * w.chunks, Cost(w, w.chunks, kMaxWidth),
                [&](int64_t begin, int64_t end) {
-                 while (begin < end) {
-                   const int64_t t = begin / blocks, first = begin % blocks;
-                   const int64_t last = std::min(blocks, first + end - begin);
-                   kernels.multiply_tile(w, scratch + t * kMaxTile * w.cols, tiles.width(t),
-                                         tiles.rows(t), first * kRowBlock, rows_of(last - 1),
-                                         y + t * kMaxTile * w.rows, w.rows);
-                   begin += last - first;
+                 alignas(64) float sums[(kMaxChunkRows + 1) * kMaxWidth];
+                 for (int64_t i = begin; i < end; ++i) {
+                   const int64_t t = i / w.chunks, c = i % w.chunks;
+                   if (check_as_we_go && !faults.Check(w, c)) continue;
+                   const int64_t first = w.chunk_rows[c], rows = w.rows_of(c);
+                   const int width = batch.width(t);
+                   std::fill(sums, sums + (rows + 1) * width, 0.0f);
+                   for (int64_t part = 0; part < w.tiles; ++part) {
+                     const int32_t* slices = w.slice_starts + c * w.tiles + part;
+                     kernels.multiply(w, slices[0], slices[1],
+                                      PackedAt(scratch, columns, batch, t, part), width, sums);
+                   }
+                   kernels.unpack(sums, rows, batch.rows(t), width, OfRows(epilogue, first),
+                                  y + t * kMaxWidth * w.rows + first, w.rows);
                  }
                });
+  return faults.first();
 }
 
-void MultiplySampled(const Kernels& kernels, const Csr& pattern, const float* dy, const float* x,
-                     int64_t batch, float* d, float* scratch, const ParallelFor& parallel_for) {
-  std::fill(d, d + pattern.nonzeros, 0.0f);
-  if (batch == 0 || pattern.rows == 0) return;
-  float* packed_x = scratch + PackedSize(batch, pattern.rows);
-  PackAll(kernels, dy, batch, pattern.rows, scratch, parallel_for);
-  PackAll(kernels, x, batch, pattern.cols, packed_x, parallel_for);
-  const Tiles tiles{batch};
-  parallel_for(pattern.rows, CostPerRow(pattern, batch), [&](int64_t begin, int64_t end) {
-    for (int64_t t = 0; t < tiles.count(); ++t) {
-      kernels.sampled_product(pattern, scratch + t * kMaxTile * pattern.rows,
-                              packed_x + t * kMaxTile * pattern.cols, tiles.width(t), begin, end,
-                              d);
-    }
-  });
+int64_t MultiplyTransposedScratch(const Sliced& w, int64_t batch) {
+  return PackedSize(Batch{batch}.widths(), Sum(Rows(w).slots(), Columns(w).slots()));
+}
+
+std::string MultiplyTransposed(const Kernels& kernels, const Sliced& w, const float* dy,
+                               int64_t batch_size, float* dx, float* scratch,
+                               const ParallelFor& parallel_for) {
+  const std::string fault = CheckAllColumns(w, parallel_for);
+  if (!fault.empty()) return fault;
+  const Batch batch{batch_size};
+  const Axis rows = Rows(w), columns = Columns(w);
+  float* packed_dx = scratch + batch.widths() * rows.slots();
+  PackAll(kernels, dy, w.rows, batch, rows, scratch, parallel_for);
+  // Each piece owns one tile of columns of dx, which stays in the L1 cache, and goes through the
+  // slices of all chunks in that tile.
+  parallel_for(batch.tiles() * w.tiles, Cost(w, w.tiles, kMaxWidth) * 2,
+               [&](int64_t begin, int64_t end) {
+                 for (int64_t i = begin; i < end; ++i) {
+                   const int64_t t = i / w.tiles, part = i % w.tiles;
+                   const int width = batch.width(t);
+                   float* tile = const_cast<float*>(PackedAt(packed_dx, columns, batch, t, part));
+                   std::fill(tile, tile + (w.tile + 1) * width, 0.0f);
+                   for (int64_t c = 0; c < w.chunks; ++c) {
+                     const int32_t* slices = w.slice_starts + c * w.tiles + part;
+                     kernels.multiply_transposed(w, slices[0], slices[1],
+                                                 PackedAt(scratch, rows, batch, t, c), width, tile);
+                   }
+                   const int64_t first = part * w.tile;
+                   kernels.unpack(tile, std::min(w.tile, w.cols - first), batch.rows(t), width,
+                                  Epilogue{}, dx + t * kMaxWidth * w.cols + first, w.cols);
+                 }
+               });
+  return "";
+}
+
+int64_t SampleScratch(const Sliced& pattern, int64_t batch) {
+  return MultiplyTransposedScratch(pattern, batch);
+}
+
+std::string Sample(const Kernels& kernels, const Sliced& pattern, const float* dy, const float* x,
+                   int64_t batch_size, float* d, float* scratch, const ParallelFor& parallel_for) {
+  const Batch batch{batch_size};
+  const Axis rows = Rows(pattern), columns = Columns(pattern);
+  float* packed_x = scratch + batch.widths() * rows.slots();
+  PackAll(kernels, dy, pattern.rows, batch, rows, scratch, parallel_for);
+  PackAll(kernels, x, pattern.cols, batch, columns, packed_x, parallel_for);
+  Faults faults;
+  parallel_for(
+      pattern.chunks, Cost(pattern, pattern.chunks, batch.size) * 2,
+      [&](int64_t begin, int64_t end) {
+        for (int64_t c = begin; c < end; ++c) {
+          if (!faults.Check(pattern, c)) continue;
+          const int32_t* slices = pattern.slice_starts + c * pattern.tiles;
+          std::fill(d + pattern.step_starts[slices[0]] * int64_t{pattern.height},
+                    d + pattern.step_starts[slices[pattern.tiles]] * int64_t{pattern.height}, 0.0f);
+          for (int64_t part = 0; part < pattern.tiles; ++part) {
+            for (int64_t t = 0; t < batch.tiles(); ++t) {
+              kernels.sample(pattern, slices[part], slices[part + 1],
+                             PackedAt(scratch, rows, batch, t, c),
+                             PackedAt(packed_x, columns, batch, t, part), batch.width(t), d);
+            }
+          }
+        }
+      });
+  return faults.first();
 }
 
 }  // namespace accel_tf

@@ -46,6 +46,14 @@ class SparseOp : public OpKernel {
     std::string error;
     kernels_ = ChosenKernels(&error);
     OP_REQUIRES(context, kernels_ != nullptr, absl::InvalidArgumentError(error));
+    int64_t height;
+    OP_REQUIRES_OK(context, context->GetAttr("in_features", &shape_.cols));
+    OP_REQUIRES_OK(context, context->GetAttr("out_features", &shape_.rows));
+    OP_REQUIRES_OK(context, context->GetAttr("height", &height));
+    OP_REQUIRES_OK(context, context->GetAttr("shared", &shape_.shared));
+    const std::string fault = CheckForm(shape_.rows, shape_.cols, height, shape_.shared);
+    OP_REQUIRES(context, fault.empty(), Invalid(fault));
+    shape_.height = static_cast<int>(height);
   }
 
  protected:
@@ -53,35 +61,10 @@ class SparseOp : public OpKernel {
     return absl::InvalidArgumentError(type_string() + ": " + what);
   }
 
-  absl::Status CheckInFeatures(int64_t in_features) const {
-    if (in_features <= INT32_MAX) return absl::OkStatus();
-    return Invalid("in_features = " + std::to_string(in_features) +
-                   ", expected at most 2147483647, as columns are int32");
-  }
-
-  // `values` is null where the op reads the pattern only.
-  absl::Status ReadCsr(const Tensor& pointers, const Tensor& columns, const Tensor* values,
-                       int64_t in_features, const ParallelFor& parallel_for, Csr* out) const {
-    if (pointers.dims() != 1 || pointers.dim_size(0) < 1) {
-      return Invalid("row_pointers has shape " + pointers.shape().DebugString() +
-                     ", expected [out_features + 1], with at least one element");
-    }
-    if (columns.dims() != 1) {
-      return Invalid("columns has shape " + columns.shape().DebugString() +
-                     ", expected [nonzeros]");
-    }
-    if (values != nullptr && values->shape() != columns.shape()) {
-      return Invalid("values has shape " + values->shape().DebugString() +
-                     ", expected that of columns, " + columns.shape().DebugString());
-    }
-    *out = {pointers.dim_size(0) - 1,
-            in_features,
-            columns.dim_size(0),
-            pointers.flat<int64_t>().data(),
-            columns.flat<int32_t>().data(),
-            values == nullptr ? nullptr : values->flat<float>().data()};
-    const std::string fault = Check(*out, parallel_for);
-    return fault.empty() ? absl::OkStatus() : Invalid(fault);
+  absl::Status CheckVector(const char* name, const Tensor& t) const {
+    if (t.dims() == 1) return absl::OkStatus();
+    return Invalid(std::string(name) + " has shape " + t.shape().DebugString() +
+                   ", expected one dimension");
   }
 
   absl::Status CheckLast(const char* name, const Tensor& t, int64_t size,
@@ -92,86 +75,112 @@ class SparseOp : public OpKernel {
                    meaning);
   }
 
-  // Scratch of `size` elements; a negative size stands for one that does not fit int64.
-  template <class T>
-  absl::Status Scratch(OpKernelContext* context, int64_t size, Tensor* holder, T** data) const {
-    TensorShape shape;
-    if (size < 0) return Invalid("the packed activations would not fit the address space");
-    TF_RETURN_IF_ERROR(TensorShape::BuildTensorShape({size}, &shape));
-    TF_RETURN_IF_ERROR(context->allocate_temp(tensorflow::DataTypeToEnum<T>::value, shape, holder));
-    *data = holder->flat<T>().data();
+  // `values` is null where the op reads the pattern only.
+  absl::Status ReadMatrix(const Tensor& plan, const Tensor& columns, const Tensor* values,
+                          Sliced* w) const {
+    *w = shape_;
+    TF_RETURN_IF_ERROR(CheckVector("plan", plan));
+    TF_RETURN_IF_ERROR(CheckVector("columns", columns));
+    const std::string fault = ReadPlan(plan.flat<int32_t>().data(), plan.NumElements(),
+                                       columns.flat<uint16_t>().data(), columns.NumElements(), w);
+    if (!fault.empty()) return Invalid(fault);
+    if (values == nullptr) return absl::OkStatus();
+    if (values->dims() != 1 || values->NumElements() != w->steps() * w->height) {
+      return Invalid("values has shape " + values->shape().DebugString() + ", expected [" +
+                     std::to_string(w->steps() * w->height) + "], the steps of the plan × height");
+    }
+    if (values->dtype() == tensorflow::DT_INT8) {
+      w->int8_values = values->flat<int8_t>().data();
+    } else {
+      w->values = values->flat<float>().data();
+    }
     return absl::OkStatus();
   }
 
-  // y = x · W for a checked W, x being [..., w.cols].
-  absl::Status MultiplyInto(OpKernelContext* context, const Csr& w, const Tensor& x,
-                            const ParallelFor& parallel_for) const {
-    TensorShape shape = x.shape();
-    Tensor* y = nullptr;
-    TF_RETURN_IF_ERROR(shape.SetDimWithStatus(x.dims() - 1, w.rows));
-    TF_RETURN_IF_ERROR(context->allocate_output(0, shape, &y));
-    Tensor holder;
-    float* scratch = nullptr;
-    const int64_t batch = BatchOf(x);
-    TF_RETURN_IF_ERROR(Scratch(context, MultiplyScratch(w, batch), &holder, &scratch));
-    Multiply(*kernels_, w, x.flat<float>().data(), batch, y->flat<float>().data(), scratch,
-             parallel_for);
+  // The vector `t` of one element for each output, or null if it is empty.
+  absl::Status ReadPerOutput(const char* name, const Tensor& t, const float** data) const {
+    TF_RETURN_IF_ERROR(CheckVector(name, t));
+    *data = t.NumElements() == 0 ? nullptr : t.flat<float>().data();
+    if (t.NumElements() == 0 || t.NumElements() == shape_.rows) return absl::OkStatus();
+    return Invalid(std::string(name) + " has shape " + t.shape().DebugString() + ", expected [" +
+                   std::to_string(shape_.rows) + "], out_features, or [0]");
+  }
+
+  // Scratch of `size` floats; a negative size stands for one that does not fit int64.
+  absl::Status Scratch(OpKernelContext* context, int64_t size, Tensor* holder, float** data) const {
+    TensorShape shape;
+    if (size < 0) return Invalid("the packed activations would not fit the address space");
+    TF_RETURN_IF_ERROR(TensorShape::BuildTensorShape({size}, &shape));
+    TF_RETURN_IF_ERROR(context->allocate_temp(tensorflow::DT_FLOAT, shape, holder));
+    *data = holder->flat<float>().data();
+    return absl::OkStatus();
+  }
+
+  // The output [..., size], the leading dimensions being those of `like`.
+  absl::Status Output(OpKernelContext* context, const Tensor& like, int64_t size,
+                      float** data) const {
+    TensorShape shape = like.shape();
+    Tensor* out = nullptr;
+    TF_RETURN_IF_ERROR(shape.SetDimWithStatus(like.dims() - 1, size));
+    TF_RETURN_IF_ERROR(context->allocate_output(0, shape, &out));
+    *data = out->flat<float>().data();
     return absl::OkStatus();
   }
 
   const Kernels* kernels_ = nullptr;
+  Sliced shape_;  // in_features, out_features, height and shared, and nothing else
 };
 
-// The ops whose matrix is as wide as an attribute says, not as an input is.
-class SparseOpOfWidth : public SparseOp {
+class SparseMatMul : public SparseOp {
  public:
-  explicit SparseOpOfWidth(OpKernelConstruction* context) : SparseOp(context) {
-    OP_REQUIRES_OK(context, context->GetAttr("in_features", &in_features_));
-    OP_REQUIRES_OK(context, CheckInFeatures(in_features_));
+  explicit SparseMatMul(OpKernelConstruction* context) : SparseOp(context) {
+    std::string name;
+    OP_REQUIRES_OK(context, context->GetAttr("activation", &name));
+    activation_ = name == "relu"    ? Activation::kRelu
+                  : name == "relu6" ? Activation::kRelu6
+                                    : Activation::kLinear;
   }
 
- protected:
-  int64_t in_features_ = 0;
-};
-
-class SparseMatMul : public SparseOpOfWidth {
- public:
-  using SparseOpOfWidth::SparseOpOfWidth;
-
   void Compute(OpKernelContext* context) override {
-    const ParallelFor parallel_for = OnIntraOpThreads(context);
-    const Tensor& x = context->input(0);
-    Csr w;
-    OP_REQUIRES_OK(context, CheckLast("x", x, in_features_, "in_features"));
-    OP_REQUIRES_OK(context, ReadCsr(context->input(1), context->input(2), &context->input(3),
-                                    in_features_, parallel_for, &w));
-    OP_REQUIRES_OK(context, MultiplyInto(context, w, x, parallel_for));
+    const Tensor &x = context->input(0), &values = context->input(3);
+    Sliced w;
+    Epilogue epilogue{nullptr, nullptr, activation_};
+    OP_REQUIRES_OK(context, CheckLast("x", x, shape_.cols, "in_features"));
+    OP_REQUIRES_OK(context, ReadMatrix(context->input(1), context->input(2), &values, &w));
+    OP_REQUIRES_OK(context, ReadPerOutput("scales", context->input(4), &epilogue.scales));
+    OP_REQUIRES_OK(context, ReadPerOutput("bias", context->input(5), &epilogue.bias));
+    const int64_t batch = BatchOf(x);
+    Tensor holder;
+    float *y, *scratch;
+    OP_REQUIRES_OK(context, Output(context, x, w.rows, &y));
+    OP_REQUIRES_OK(context, Scratch(context, MultiplyScratch(w, batch), &holder, &scratch));
+    const std::string fault = Multiply(*kernels_, w, x.flat<float>().data(), batch, epilogue, y,
+                                       scratch, OnIntraOpThreads(context));
+    OP_REQUIRES(context, fault.empty(), Invalid(fault));
   }
+
+ private:
+  Activation activation_ = Activation::kLinear;
 };
 
-class SparseMatMulGradX : public SparseOpOfWidth {
+class SparseMatMulGradX : public SparseOp {
  public:
-  using SparseOpOfWidth::SparseOpOfWidth;
+  using SparseOp::SparseOp;
 
   void Compute(OpKernelContext* context) override {
-    const ParallelFor parallel_for = OnIntraOpThreads(context);
-    const Tensor& dy = context->input(0);
-    Csr w;
-    OP_REQUIRES_OK(context, ReadCsr(context->input(1), context->input(2), &context->input(3),
-                                    in_features_, parallel_for, &w));
-    OP_REQUIRES_OK(context, CheckLast("dy", dy, w.rows, "out_features, by row_pointers"));
-    OP_REQUIRES(context, w.rows <= INT32_MAX,
-                Invalid("out_features = " + std::to_string(w.rows) +
-                        ", expected at most 2147483647, as columns are int32"));
-    Tensor pointers_holder, columns_holder, values_holder;
-    int64_t* pointers = nullptr;
-    int32_t* columns = nullptr;
-    float* values = nullptr;
-    OP_REQUIRES_OK(context, Scratch(context, w.cols + 1, &pointers_holder, &pointers));
-    OP_REQUIRES_OK(context, Scratch(context, w.nonzeros, &columns_holder, &columns));
-    OP_REQUIRES_OK(context, Scratch(context, w.nonzeros, &values_holder, &values));
-    const Csr transposed = Transpose(w, pointers, columns, values);
-    OP_REQUIRES_OK(context, MultiplyInto(context, transposed, dy, parallel_for));
+    const Tensor &dy = context->input(0), &values = context->input(3);
+    Sliced w;
+    OP_REQUIRES_OK(context, CheckLast("dy", dy, shape_.rows, "out_features"));
+    OP_REQUIRES_OK(context, ReadMatrix(context->input(1), context->input(2), &values, &w));
+    const int64_t batch = BatchOf(dy);
+    Tensor holder;
+    float *dx, *scratch;
+    OP_REQUIRES_OK(context, Output(context, dy, w.cols, &dx));
+    OP_REQUIRES_OK(context,
+                   Scratch(context, MultiplyTransposedScratch(w, batch), &holder, &scratch));
+    const std::string fault = MultiplyTransposed(*kernels_, w, dy.flat<float>().data(), batch, dx,
+                                                 scratch, OnIntraOpThreads(context));
+    OP_REQUIRES(context, fault.empty(), Invalid(fault));
   }
 };
 
@@ -180,41 +189,34 @@ class SparseMatMulGradValues : public SparseOp {
   using SparseOp::SparseOp;
 
   void Compute(OpKernelContext* context) override {
-    const ParallelFor parallel_for = OnIntraOpThreads(context);
-    const Tensor& dy = context->input(0);
-    const Tensor& x = context->input(1);
-    OP_REQUIRES(context, x.dims() >= 1,
-                Invalid("x has shape [], expected [..., in_features], of rank one or more"));
-    const int64_t in_features = x.dim_size(x.dims() - 1);
-    OP_REQUIRES_OK(context, CheckInFeatures(in_features));
-    Csr pattern;
-    OP_REQUIRES_OK(context, ReadCsr(context->input(2), context->input(3), nullptr, in_features,
-                                    parallel_for, &pattern));
-    OP_REQUIRES_OK(context, CheckLast("dy", dy, pattern.rows, "out_features, by row_pointers"));
+    const Tensor &dy = context->input(0), &x = context->input(1);
+    Sliced pattern;
+    OP_REQUIRES_OK(context, CheckLast("dy", dy, shape_.rows, "out_features"));
+    OP_REQUIRES_OK(context, CheckLast("x", x, shape_.cols, "in_features"));
     TensorShape expected = x.shape();
-    OP_REQUIRES_OK(context, expected.SetDimWithStatus(x.dims() - 1, pattern.rows));
+    OP_REQUIRES_OK(context, expected.SetDimWithStatus(x.dims() - 1, shape_.rows));
     OP_REQUIRES(context, dy.shape() == expected,
                 Invalid("dy has shape " + dy.shape().DebugString() + ", expected " +
                         expected.DebugString() + ", x having shape " + x.shape().DebugString()));
-    Tensor* d = nullptr;
-    OP_REQUIRES_OK(context, context->allocate_output(0, context->input(3).shape(), &d));
+    OP_REQUIRES_OK(context, ReadMatrix(context->input(2), context->input(3), nullptr, &pattern));
     const int64_t batch = BatchOf(x);
-    const int64_t rows_size = PackedSize(batch, pattern.rows);
-    const int64_t cols_size = PackedSize(batch, pattern.cols);
-    int64_t size;
-    if (rows_size < 0 || cols_size < 0 || __builtin_add_overflow(rows_size, cols_size, &size)) {
-      size = -1;
-    }
     Tensor holder;
-    float* scratch = nullptr;
-    OP_REQUIRES_OK(context, Scratch(context, size, &holder, &scratch));
-    MultiplySampled(*kernels_, pattern, dy.flat<float>().data(), x.flat<float>().data(), batch,
-                    d->flat<float>().data(), scratch, parallel_for);
+    Tensor* d = nullptr;
+    float* scratch;
+    TensorShape shape;
+    OP_REQUIRES_OK(context,
+                   TensorShape::BuildTensorShape({pattern.steps() * pattern.height}, &shape));
+    OP_REQUIRES_OK(context, context->allocate_output(0, shape, &d));
+    OP_REQUIRES_OK(context, Scratch(context, SampleScratch(pattern, batch), &holder, &scratch));
+    const std::string fault =
+        Sample(*kernels_, pattern, dy.flat<float>().data(), x.flat<float>().data(), batch,
+               d->flat<float>().data(), scratch, OnIntraOpThreads(context));
+    OP_REQUIRES(context, fault.empty(), Invalid(fault));
   }
 };
 
 #define ACCEL_TF_REGISTER(name, kernel) \
-  REGISTER_KERNEL_BUILDER(Name(name).Device(DEVICE_CPU).TypeConstraint<float>("T"), kernel)
+  REGISTER_KERNEL_BUILDER(Name(name).Device(DEVICE_CPU), kernel)
 ACCEL_TF_REGISTER("AccelTfSparseMatMul", SparseMatMul);
 ACCEL_TF_REGISTER("AccelTfSparseMatMulGradX", SparseMatMulGradX);
 ACCEL_TF_REGISTER("AccelTfSparseMatMulGradValues", SparseMatMulGradValues);

@@ -11,98 +11,119 @@ using ::tensorflow::shape_inference::DimensionHandle;
 using ::tensorflow::shape_inference::InferenceContext;
 using ::tensorflow::shape_inference::ShapeHandle;
 
-// Checks the inputs row_pointers, columns (and values, when it is an input) that begin at `index`;
-// returns the number of rows.
-absl::Status CsrShapes(InferenceContext* c, int index, bool has_values, DimensionHandle* rows) {
-  ShapeHandle pointers, columns;
-  TF_RETURN_IF_ERROR(c->WithRank(c->input(index), 1, &pointers));
-  TF_RETURN_IF_ERROR(c->Subtract(c->Dim(pointers, 0), 1, rows));
-  TF_RETURN_IF_ERROR(c->WithRank(c->input(index + 1), 1, &columns));
-  if (has_values) TF_RETURN_IF_ERROR(c->Merge(columns, c->input(index + 2), &columns));
-  return absl::OkStatus();
-}
-
-// Checks that `shape` is [..., size], and returns [..., new_size] in `out`.
-absl::Status ReplaceLast(InferenceContext* c, ShapeHandle shape, DimensionHandle size,
-                         DimensionHandle new_size, ShapeHandle* out) {
-  DimensionHandle merged;
-  TF_RETURN_IF_ERROR(c->WithRankAtLeast(shape, 1, &shape));
-  TF_RETURN_IF_ERROR(c->Merge(c->Dim(shape, -1), size, &merged));
-  return c->ReplaceDim(shape, -1, new_size, out);
-}
-
-absl::Status InFeatures(InferenceContext* c, DimensionHandle* size) {
+// The size that attribute `name` gives.
+absl::Status SizeOf(InferenceContext* c, const char* name, DimensionHandle* size) {
   int64_t value;
-  TF_RETURN_IF_ERROR(c->GetAttr("in_features", &value));
+  TF_RETURN_IF_ERROR(c->GetAttr(name, &value));
   *size = c->MakeDim(value);
   return absl::OkStatus();
 }
 
+// Checks that the input at `index` is [..., `from`], by the attribute of that name, and returns
+// [..., `to`] in `out`.
+absl::Status ReplaceLast(InferenceContext* c, int index, const char* from, const char* to,
+                         ShapeHandle* out) {
+  DimensionHandle old_size, new_size, merged;
+  ShapeHandle shape;
+  TF_RETURN_IF_ERROR(SizeOf(c, from, &old_size));
+  TF_RETURN_IF_ERROR(SizeOf(c, to, &new_size));
+  TF_RETURN_IF_ERROR(c->WithRankAtLeast(c->input(index), 1, &shape));
+  TF_RETURN_IF_ERROR(c->Merge(c->Dim(shape, -1), old_size, &merged));
+  return c->ReplaceDim(shape, -1, new_size, out);
+}
+
+// Checks that the inputs from `first` up to `last`, not included, are vectors.
+absl::Status Vectors(InferenceContext* c, int first, int last) {
+  ShapeHandle unused;
+  for (int i = first; i < last; ++i) TF_RETURN_IF_ERROR(c->WithRank(c->input(i), 1, &unused));
+  return absl::OkStatus();
+}
+
 REGISTER_OP("AccelTfSparseMatMul")
-    .Input("x: T")
-    .Input("row_pointers: int64")
-    .Input("columns: int32")
-    .Input("values: T")
-    .Output("y: T")
-    .Attr("T: {float}")
+    .Input("x: float")
+    .Input("plan: int32")
+    .Input("columns: uint16")
+    .Input("values: V")
+    .Input("scales: float")
+    .Input("bias: float")
+    .Output("y: float")
+    .Attr("V: {float, int8}")
     .Attr("in_features: int >= 0")
+    .Attr("out_features: int >= 0")
+    .Attr("height: int >= 4")
+    .Attr("shared: bool")
+    .Attr("activation: {'linear', 'relu', 'relu6'} = 'linear'")
     .SetShapeFn([](InferenceContext* c) {
-      DimensionHandle in_features, rows;
       ShapeHandle y;
-      TF_RETURN_IF_ERROR(InFeatures(c, &in_features));
-      TF_RETURN_IF_ERROR(CsrShapes(c, 1, /*has_values=*/true, &rows));
-      TF_RETURN_IF_ERROR(ReplaceLast(c, c->input(0), in_features, rows, &y));
+      TF_RETURN_IF_ERROR(ReplaceLast(c, 0, "in_features", "out_features", &y));
+      TF_RETURN_IF_ERROR(Vectors(c, 1, 6));
       c->set_output(0, y);
       return absl::OkStatus();
     })
     .Doc(R"doc(
-y[..., n] = sum of values[p] * x[..., columns[p]] over p in [row_pointers[n], row_pointers[n + 1]).
+y[..., n] = activation(scales[n] * sum of W[n, k] * x[..., k] over k + bias[n]).
 
 x: [..., in_features], of rank one or more.
-row_pointers: [out_features + 1], from 0 to the number of values, never decreasing.
-columns: [nonzeros], each in [0, in_features).
-values: [nonzeros].
+plan: the slices of W, in the order that kernels/sliced.h describes.
+columns: the columns of its non-zeros, relative to the start of their tile.
+values: [steps * height], the weights, in the order of the slices.
+scales: [out_features] with int8 values; [0] with float values.
+bias: [out_features], or [0] for none.
 y: [..., out_features].
+height: the number of rows of a slice, 4 or 16.
+shared: whether the rows of a slice have their columns in common. If not, height is 4.
 )doc");
 
 REGISTER_OP("AccelTfSparseMatMulGradX")
-    .Input("dy: T")
-    .Input("row_pointers: int64")
-    .Input("columns: int32")
-    .Input("values: T")
-    .Output("dx: T")
-    .Attr("T: {float}")
+    .Input("dy: float")
+    .Input("plan: int32")
+    .Input("columns: uint16")
+    .Input("values: V")
+    .Output("dx: float")
+    .Attr("V: {float, int8}")
     .Attr("in_features: int >= 0")
+    .Attr("out_features: int >= 0")
+    .Attr("height: int >= 4")
+    .Attr("shared: bool")
     .SetShapeFn([](InferenceContext* c) {
-      DimensionHandle in_features, rows;
       ShapeHandle dx;
-      TF_RETURN_IF_ERROR(InFeatures(c, &in_features));
-      TF_RETURN_IF_ERROR(CsrShapes(c, 1, /*has_values=*/true, &rows));
-      TF_RETURN_IF_ERROR(ReplaceLast(c, c->input(0), rows, in_features, &dx));
+      TF_RETURN_IF_ERROR(ReplaceLast(c, 0, "out_features", "in_features", &dx));
+      TF_RETURN_IF_ERROR(Vectors(c, 1, 4));
       c->set_output(0, dx);
       return absl::OkStatus();
     })
-    .Doc("The product with the transposed matrix: dx[..., columns[p]] += values[p] * dy[..., n].");
+    .Doc(
+        "The product with the transposed matrix: dx[..., k] = sum of W[n, k] * dy[..., n] over n.");
 
 REGISTER_OP("AccelTfSparseMatMulGradValues")
-    .Input("dy: T")
-    .Input("x: T")
-    .Input("row_pointers: int64")
-    .Input("columns: int32")
-    .Output("dvalues: T")
-    .Attr("T: {float}")
+    .Input("dy: float")
+    .Input("x: float")
+    .Input("plan: int32")
+    .Input("columns: uint16")
+    .Output("dvalues: float")
+    .Attr("in_features: int >= 0")
+    .Attr("out_features: int >= 0")
+    .Attr("height: int >= 4")
+    .Attr("shared: bool")
     .SetShapeFn([](InferenceContext* c) {
-      DimensionHandle rows;
-      ShapeHandle dy, x, lead;
-      TF_RETURN_IF_ERROR(CsrShapes(c, 2, /*has_values=*/false, &rows));
-      TF_RETURN_IF_ERROR(c->WithRankAtLeast(c->input(1), 1, &x));
-      TF_RETURN_IF_ERROR(ReplaceLast(c, c->input(0), rows, c->Dim(x, -1), &dy));
-      TF_RETURN_IF_ERROR(c->Merge(dy, x, &lead));
-      c->set_output(0, c->input(3));
+      bool shared;
+      int64_t height;
+      ShapeHandle from_dy, x;
+      DimensionHandle size = c->UnknownDim();
+      TF_RETURN_IF_ERROR(c->GetAttr("shared", &shared));
+      TF_RETURN_IF_ERROR(c->GetAttr("height", &height));
+      TF_RETURN_IF_ERROR(ReplaceLast(c, 0, "out_features", "in_features", &from_dy));
+      TF_RETURN_IF_ERROR(c->Merge(from_dy, c->input(1), &x));
+      TF_RETURN_IF_ERROR(Vectors(c, 2, 4));
+      if (c->RankKnown(c->input(3))) {
+        TF_RETURN_IF_ERROR(c->Multiply(c->Dim(c->input(3), 0), shared ? height : 1, &size));
+      }
+      c->set_output(0, c->Vector(size));
       return absl::OkStatus();
     })
     .Doc(
-        "The sampled product: dvalues[p] = sum of dy[..., n] * x[..., columns[p]] over the batch.");
+        "The sampled product: for each value of W, at row n and column k, the sum of dy[..., n] * "
+        "x[..., k] over the batch.");
 
 }  // namespace
 }  // namespace accel_tf
