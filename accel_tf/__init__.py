@@ -28,7 +28,15 @@ _NAMES = {
     "pruning": ("ConstantSparsity", "PolynomialDecay", "Unstructured", "prune", "sparsity"),
     "quantization": ("Int8", "calibrate", "quantize_aware"),
     "report": ("report_of",),
-    "sparse": ("SparseDense", "SparseMatrix", "sparse_matmul", "sparsify"),
+    "sparse": (
+        "SparseConv2D",
+        "SparseDense",
+        "SparseEinsumDense",
+        "SparseMatrix",
+        "SparseMultiHeadAttention",
+        "sparse_matmul",
+        "sparsify",
+    ),
 }
 _MODULES = (
     "benchmark",

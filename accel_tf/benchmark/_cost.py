@@ -12,6 +12,7 @@ import tensorflow as tf
 
 from accel_tf import layers
 from accel_tf.benchmark import _candidates
+from accel_tf.sparse import SparseLayer
 
 
 class Parameters(NamedTuple):
@@ -32,8 +33,9 @@ def parameters(model: keras.Model) -> Parameters:
     """Counts the parameters of a model, and those that are not zero.
 
     Args:
-        model: A built Keras model. Weights that are shared count once. Positions, which are int32
-            or int64 weights (the index arrays of sparse layers), are not parameters.
+        model: A built Keras model. Weights that are shared count once. Positions (weights of int32,
+            int64, uint16 or bool, such as the index arrays of sparse layers) are not parameters,
+            and neither is the padding between the values of sparse layers.
 
     Returns:
         A named tuple `(total, nonzero)`.
@@ -49,9 +51,15 @@ def parameters(model: keras.Model) -> Parameters:
     """
     layers.require_model(model, "parameters")
     arrays = [keras.ops.convert_to_numpy(weight) for weight in model.weights]
-    arrays = [array for array in arrays if array.dtype not in (np.int32, np.int64)]
+    arrays = [a for a in arrays if a.dtype not in (np.int32, np.int64, np.uint16, np.bool_)]
+    padding = sum(
+        layer.values.shape[0] - layer.matrix.nnz
+        for _, layer in layers.walk(model)
+        if isinstance(layer, SparseLayer)
+    )
     return Parameters(
-        sum(array.size for array in arrays), sum(int(np.count_nonzero(a)) for a in arrays)
+        sum(array.size for array in arrays) - padding,
+        sum(int(np.count_nonzero(a)) for a in arrays),
     )
 
 
@@ -91,11 +99,11 @@ def flops(model: keras.Model, x=None) -> int:
     """Counts the floating-point operations of one forward pass, a multiply–add as two.
 
     The graph of the inference pass is traced and its contractions are added up: products of
-    matrices, convolutions of all kinds, `einsum`, sparse products (only the non-zeros). They are
-    counted as often as they run, so shared layers count at each use, recurrent layers at each time
-    step. Biases, activations, pooling and normalisation are not counted: they are few against the
-    contractions, and bound by memory. Zeros in a dense kernel do count, for a dense kernel
-    multiplies by them.
+    matrices, convolutions of all kinds, `einsum`, sparse products. They are counted as often as
+    they run, so shared layers count at each use, recurrent layers at each time step. Biases,
+    activations, pooling and normalisation are not counted: they are few against the contractions,
+    and bound by memory. Zeros count where a kernel multiplies by them: all those of a dense kernel,
+    and those with which a sparse one fills up its blocks or slices.
 
     Args:
         model: A built Keras model; functional, sequential or subclassed, nested or not.

@@ -12,7 +12,7 @@ from accel_tf.pruning._patterns import Unstructured
 from accel_tf.pruning._schedules import Schedule
 from accel_tf.pruning._selection import Weight, is_kernel, weights_of
 from accel_tf.report import Entry, Report, Table, attach
-from accel_tf.sparse import SparseDense
+from accel_tf.sparse import SparseLayer
 
 
 def prune(
@@ -150,7 +150,7 @@ def sparsity(model: keras.Model) -> SparsityTable:
         if pruned and v.constraint.masks.unfinished:
             unfinished[v.constraint.masks.unfinished] = None
     for path, layer in walk(model):
-        if isinstance(layer, SparseDense):  # holds the kernel's other elements only
+        if isinstance(layer, SparseLayer):  # holds the kernel's other elements only
             shape = layer.matrix.shape
             size = shape[0] * shape[1]
             zeros = size - int(np.count_nonzero(keras.ops.convert_to_numpy(layer.values)))

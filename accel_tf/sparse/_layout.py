@@ -26,6 +26,7 @@ Units", SIAM J. Sci. Comput. 36(5), 2014, §3, cut into tiles. What the kernels 
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -117,7 +118,7 @@ def pack(
     lengths = np.diff(row_pointers)
     rows = np.repeat(np.arange(out_features), lengths)
     starts = _chunk_rows(lengths, max_rows, chunks)
-    tile = _tile(in_features, rows.size / max(out_features, 1)) if tile is None else tile
+    tile = tile_of(in_features, rows.size / max(out_features, 1)) if tile is None else tile
     tiles = -(-in_features // tile)
 
     source, step_of, unit, column = _steps(rows, columns, in_features, height if shared else 1)
@@ -203,6 +204,45 @@ def coordinates(plan, columns, in_features, out_features, height, shared):
     return rows, tf.reshape(tf.broadcast_to(column, [tf.size(of_step), height]), [-1])
 
 
+class Sizes(NamedTuple):
+    """What decides the shapes of packed weights, so that room for them can be made.
+
+    Attributes:
+        tile, chunks, slices, steps: As at the top of the module.
+        padded: `Layout.padded`.
+        int8: Whether the values are int8, with scales.
+    """
+
+    tile: int
+    chunks: int
+    slices: int
+    steps: int
+    padded: bool = False
+    int8: bool = False
+
+    @classmethod
+    def of(cls, layout: Layout, int8: bool = False) -> "Sizes":
+        tile, chunks, slices = map(int, layout.plan[:3])
+        return cls(tile, chunks, slices, layout.order.size // layout.height, layout.padded, int8)
+
+
+def empty_plan(sizes: Sizes, in_features, out_features, height, shared) -> np.ndarray:
+    """Returns a plan of the given sizes whose slices have no rows: that of a matrix of zeros."""
+    tile, chunks, slices, steps = sizes[:4]
+    tiles = -(-in_features // tile)
+    units = -(-out_features // _ALIGNMENT)
+    chunk_rows = np.arange(chunks + 1) * units // max(chunks, 1) * _ALIGNMENT
+    chunk_rows = np.minimum(chunk_rows, out_features)
+    slice_starts = np.zeros(chunks * tiles + 1, np.int64)
+    slice_starts[-1:] = slices
+    step_starts = np.zeros(slices + 1, np.int64)
+    step_starts[-1:] = steps
+    last = int(chunk_rows[-1] - chunk_rows[-2]) if chunks else 0
+    slice_rows = np.full(slices * height, last)
+    plan = [[tile, chunks, slices], chunk_rows, slice_starts, step_starts, slice_rows]
+    return np.concatenate(plan).astype(np.int32)
+
+
 def count_blocks(row_pointers, columns, shape, height: int) -> int:
     """Returns the number of height×1 blocks that have a non-zero."""
     rows = np.repeat(np.arange(shape[1]), np.diff(row_pointers))
@@ -250,7 +290,7 @@ def _sums(counts):
     return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
 
 
-def _tile(in_features, per_row):
+def tile_of(in_features, per_row):
     """Tiles of equal width. A row that has few non-zeros in a tile costs more to begin than to sum
     up, so sparser matrices get wider tiles."""
     tile = TILE

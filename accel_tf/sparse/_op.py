@@ -1,10 +1,11 @@
 """Finds, checks and loads the compiled op, and ties its gradients together.
 
-The family has three members, each of which is linear in each of its inputs:
+The family has three members, of which the last two are linear in each of their inputs; W is the
+packed matrix of `_layout.py`, s are the scales of int8 values:
 
-    y  = multiply(x, v)         y[b, n]  = Σ_p v[p] · x[b, k(p)]    p over the non-zeros of row n
-    dx = multiply_t(dy, v)      dx[b, k] = Σ_p v[p] · dy[b, n(p)]   p over the non-zeros of column k
-    dv = sampled(dy, x)         dv[p]    = Σ_b dy[b, n(p)] · x[b, k(p)]
+    y  = multiply(x, v)             y[b, n]  = f(s[n] · Σ_p v[p] · x[b, k(p)] + bias[n])   p in row n
+    dx = multiply_transposed(dy, v) dx[b, k] = Σ_p v[p] · dy[b, n(p)]                      p in column k
+    dv = sampled(dy, x)             dv[p]    = Σ_b dy[b, n(p)] · x[b, k(p)]
 
 The gradient of each is made of the other two, so derivatives of any order exist.
 """
@@ -17,7 +18,13 @@ import sys
 import warnings
 from pathlib import Path
 
+import numpy as np
 import tensorflow as tf
+
+from ._layout import coordinates
+
+# Whether XLA can compile what calls the op.
+SUPPORTS_JIT = False
 
 _LIBRARY = "_accel_tf_ops.so"
 _RECORD = "_accel_tf_ops.json"
@@ -135,74 +142,113 @@ def available_isas() -> tuple[str, ...]:
     return tuple(names.split())
 
 
-def multiply(x, row_pointers, columns, values, in_features: int):
-    """y[..., n] = Σ values[p] · x[..., columns[p]], p over the non-zeros of row n; float32."""
+def multiply(x, plan, columns, values, scales, bias, *, activation="linear", **attributes):
+    """y = activation(scales · (x · W) + bias), for a packed W.
+
+    Args:
+        x: [..., in] float32.
+        plan, columns: int32, uint16, see `_layout.py`.
+        values: float32 or int8, see there.
+        scales: (out,) float32 if `values` are int8, else (0,).
+        bias: (out,) float32, or (0,) for none.
+        activation: "linear", "relu" or "relu6".
+        **attributes: `in_features`, `out_features`, `height`, `shared`, see there.
+
+    Returns:
+        [..., out] float32.
+    """
+    arguments = dict(x=x, plan=plan, columns=columns, values=values, scales=scales, bias=bias)
     if not _compiled():
         _say_that_there_is_no_op()
-        return _multiply_without_op(x, row_pointers, columns, values, in_features)
-    return ops.accel_tf_sparse_mat_mul(
-        x=x, row_pointers=row_pointers, columns=columns, values=values, in_features=in_features
-    )
+        return _multiply_without_op(**arguments, activation=activation, **attributes)
+    return ops.accel_tf_sparse_mat_mul(**arguments, activation=activation, **attributes)
 
 
-def multiply_transposed(dy, row_pointers, columns, values, in_features: int):
+def multiply_transposed(dy, plan, columns, values, **attributes):
     """dx[..., k] = Σ values[p] · dy[..., n(p)], p over the non-zeros of column k; float32."""
     return ops.accel_tf_sparse_mat_mul_grad_x(
-        dy=dy, row_pointers=row_pointers, columns=columns, values=values, in_features=in_features
+        dy=dy, plan=plan, columns=columns, values=values, **attributes
     )
 
 
-def sampled(dy, x, row_pointers, columns):
-    """dvalues[p] = Σ_b dy[b, n(p)] · x[b, columns[p]]; float32."""
+def sampled(dy, x, plan, columns, **attributes):
+    """dvalues[p] = Σ_b dy[b, n(p)] · x[b, k(p)], for each stored value; float32."""
     return ops.accel_tf_sparse_mat_mul_grad_values(
-        dy=dy, x=x, row_pointers=row_pointers, columns=columns
+        dy=dy, x=x, plan=plan, columns=columns, **attributes
     )
 
 
-def _multiply_without_op(x, row_pointers, columns, values, in_features: int):
+def _multiply_without_op(x, plan, columns, values, scales, bias, activation, **attributes):
+    in_features, out_features = attributes["in_features"], attributes["out_features"]
     x = tf.convert_to_tensor(x)
-    out_features = tf.size(row_pointers) - 1
-    lengths = row_pointers[1:] - row_pointers[:-1]
-    rows = tf.repeat(tf.range(tf.cast(out_features, tf.int64)), lengths)
+    rows, columns = coordinates(plan, columns, **attributes)
+    # One row more to be thrown away, and one column more that is zero, for what is padding.
     matrix = tf.SparseTensor(
-        tf.stack([rows, tf.cast(columns, tf.int64)], axis=1),
-        values,
-        tf.stack([tf.cast(out_features, tf.int64), in_features]),
+        tf.stack([rows, columns], axis=1),
+        tf.cast(values, tf.float32),
+        [out_features + 1, in_features + 1],
     )
     # Not reshape([-1, K]): the batch cannot be inferred when K is 0.
     batch = tf.reduce_prod(tf.shape(x)[:-1])
-    flat = tf.reshape(x, tf.stack([batch, in_features]))
-    y = tf.transpose(tf.sparse.sparse_dense_matmul(matrix, flat, adjoint_b=True))
+    flat = tf.pad(tf.reshape(x, tf.stack([batch, in_features])), [[0, 0], [0, 1]])
+    y = tf.transpose(tf.sparse.sparse_dense_matmul(matrix, flat, adjoint_b=True))[:, :-1]
+    if scales.shape[0]:
+        y *= scales
+    if bias.shape[0]:
+        y += bias
+    y = {"linear": tf.identity, "relu": tf.nn.relu, "relu6": tf.nn.relu6}[activation](y)
     y = tf.reshape(y, tf.concat([tf.shape(x)[:-1], [out_features]], axis=0))
-    y.set_shape(
-        [*x.shape[:-1], None if row_pointers.shape[0] is None else row_pointers.shape[0] - 1]
-    )
+    y.set_shape([*x.shape[:-1], out_features])
     return y
+
+
+_NONE = np.zeros(0, np.float32)
+_ATTRIBUTES = ("in_features", "out_features", "height", "shared")
+
+
+def _attributes(op) -> dict:
+    return {name: op.get_attr(name) for name in _ATTRIBUTES}
+
+
+def _multiply_linear(x, plan, columns, values, attributes):
+    ones = values.dtype == tf.int8
+    scales = tf.ones([attributes["out_features"]]) if ones else _NONE
+    return multiply(x, plan, columns, values, scales, _NONE, **attributes)
 
 
 if ops is not None:
 
     @tf.RegisterGradient("AccelTfSparseMatMul")
     def _multiply_gradient(op, dy):
-        x, row_pointers, columns, values = op.inputs
-        dx = multiply_transposed(dy, row_pointers, columns, values, op.get_attr("in_features"))
-        return dx, None, None, sampled(dy, x, row_pointers, columns)
+        x, plan, columns, values, scales, bias = op.inputs
+        attributes = _attributes(op)
+        activation = tf.compat.as_str(op.get_attr("activation"))
+        if activation == "relu":
+            dy = tf.raw_ops.ReluGrad(gradients=dy, features=op.outputs[0])
+        elif activation == "relu6":
+            dy = tf.raw_ops.Relu6Grad(gradients=dy, features=op.outputs[0])
+        dbias = None
+        if bias.shape[0] != 0:
+            dbias = tf.reduce_sum(dy, axis=tf.range(tf.rank(dy) - 1))[: tf.size(bias)]
+        if values.dtype == tf.int8:  # weights to infer with: no gradient of values and scales
+            dx = multiply_transposed(dy * scales, plan, columns, values, **attributes)
+            return dx, None, None, None, None, dbias
+        dx = multiply_transposed(dy, plan, columns, values, **attributes)
+        dvalues = sampled(dy, x, plan, columns, **attributes)
+        return dx, None, None, dvalues, None, dbias
 
     @tf.RegisterGradient("AccelTfSparseMatMulGradX")
     def _multiply_transposed_gradient(op, g):
-        dy, row_pointers, columns, values = op.inputs
-        ddy = multiply(g, row_pointers, columns, values, op.get_attr("in_features"))
-        return ddy, None, None, sampled(dy, g, row_pointers, columns)
+        dy, plan, columns, values = op.inputs
+        attributes = _attributes(op)
+        ddy = _multiply_linear(g, plan, columns, values, attributes)
+        if values.dtype == tf.int8:
+            return ddy, None, None, None
+        return ddy, None, None, sampled(dy, g, plan, columns, **attributes)
 
     @tf.RegisterGradient("AccelTfSparseMatMulGradValues")
     def _sampled_gradient(op, g):
-        dy, x, row_pointers, columns = op.inputs
-        # The width of x need not be known when a graph is traced, but its gradient's attribute is.
-        in_features = x.shape[-1]
-        if in_features is None:
-            raise ValueError(
-                "The second derivative of sparse_matmul needs the last dimension of x to be known "
-                f"when the function is traced; x has shape {x.shape}. Give it an input_signature."
-            )
-        ddy = multiply(x, row_pointers, columns, g, in_features)
-        return ddy, multiply_transposed(dy, row_pointers, columns, g, in_features), None, None
+        dy, x, plan, columns = op.inputs
+        attributes = _attributes(op)
+        ddy = _multiply_linear(x, plan, columns, g, attributes)
+        return ddy, multiply_transposed(dy, plan, columns, g, **attributes), None, None
