@@ -34,6 +34,8 @@ _NAMES = {
         "SparseEinsumDense",
         "SparseMatrix",
         "SparseMultiHeadAttention",
+        "matrix_power",
+        "propagate",
         "sparse_matmul",
         "sparsify",
     ),

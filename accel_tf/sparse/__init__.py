@@ -4,6 +4,7 @@
 
     the matrix      SparseMatrix                               _matrix.py, _pattern.py
     the product     sparse_matmul                              _matrix.py, _op.py, custom_ops/
+    powers, graphs  matrix_power, propagate, a @ b             _power.py, custom_ops/
     its memory      tiles, chunks, slices                      _layout.py
     the layers      SparseDense, SparseConv2D                  _layers.py, _conv.py, _base.py
                     SparseEinsumDense, SparseMultiHeadAttention   _attention.py
@@ -21,6 +22,7 @@ from ._conv import SparseConv2D
 from ._layers import SparseDense
 from ._matrix import SparseMatrix, sparse_matmul
 from ._op import OpVersionError, available_isas, isa
+from ._power import matrix_power, propagate
 from ._sparsify import sparsify
 from ._tune import tune
 
@@ -36,6 +38,8 @@ __all__ = [
     "available_isas",
     "costs",
     "isa",
+    "matrix_power",
+    "propagate",
     "sparse_matmul",
     "sparsify",
     "tune",
