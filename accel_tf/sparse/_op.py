@@ -23,10 +23,8 @@ import tensorflow as tf
 
 from ._layout import coordinates
 
-# Whether XLA can compile what calls the op.
-SUPPORTS_JIT = False
-
 _LIBRARY = "_accel_tf_ops.so"
+_XLA_LIBRARY = "_accel_tf_xla.so"
 _RECORD = "_accel_tf_ops.json"
 _REBUILD = (
     "pip install scikit-build-core cmake ninja && "
@@ -67,27 +65,47 @@ def check_version(built_for: str, running: str) -> None:
         )
 
 
+def _load_xla(folder: Path) -> bool:
+    """Teaches XLA to compile the op; returns whether that is so. The op runs without it as well."""
+    path = folder / _XLA_LIBRARY
+    if not path.is_file():
+        return False
+    try:
+        tf.load_library(str(path))
+    except tf.errors.OpError as error:
+        warnings.warn(
+            f"XLA cannot compile the op of accel_tf, which runs without: {error}. To build it "
+            f"again:\n    {_REBUILD}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return False
+    return True
+
+
 def _load():
-    """Returns the op's functions and its library, or what stands in the way, for the first use.
+    """Returns the op's functions and its library, what stands in the way, for the first use, and
+    whether XLA can compile the op.
 
     Importing must not fail: `import accel_tf` comes here, also for users of other techniques.
     """
     folder = next((f for f in _folders() if (f / _LIBRARY).is_file()), None)
     if folder is None:
-        return None, None, None
+        return None, None, None, False
     record = json.loads((folder / _RECORD).read_text())
     try:
         check_version(record["tensorflow"], tf.__version__)
     except OpVersionError as error:
-        return None, None, error
+        return None, None, error, False
     path = str(folder / _LIBRARY)
     ops = tf.load_op_library(path)  # first: it makes functions of what registers while it loads
     library = ctypes.CDLL(path)
     library.accel_tf_isa.restype = library.accel_tf_available_isas.restype = ctypes.c_char_p
-    return ops, library, None
+    return ops, library, None, _load_xla(folder)
 
 
-ops, _library, _version_error = _load()
+# SUPPORTS_JIT: whether XLA can compile what calls the op.
+ops, _library, _version_error, SUPPORTS_JIT = _load()
 
 
 def _compiled() -> bool:

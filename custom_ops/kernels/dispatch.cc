@@ -1,6 +1,7 @@
 // Chooses the kernels for the host.
 #include "kernels/dispatch.h"
 
+#include <cstdlib>
 #include <cstring>
 
 namespace accel_tf {
@@ -29,6 +30,13 @@ const Kernels* FindKernels(const char* name, std::string* error) {
   *error = std::string("no kernels called \"") + name + "\" run on this host; there are " + names +
            ", or auto";
   return nullptr;
+}
+
+const Kernels* ChosenKernels(std::string* error) {
+  static std::string* const why = new std::string;
+  static const Kernels* const chosen = FindKernels(std::getenv("ACCEL_TF_ISA"), why);
+  if (chosen == nullptr) *error = "ACCEL_TF_ISA: " + *why;
+  return chosen;
 }
 
 }  // namespace accel_tf

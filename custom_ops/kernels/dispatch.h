@@ -62,4 +62,8 @@ std::vector<const Kernels*> AvailableKernels();
 // a sentence in `error`, when there are none of that name.
 const Kernels* FindKernels(const char* name, std::string* error);
 
+// The kernels that the environment variable ACCEL_TF_ISA names, likewise. It is read once: a
+// process uses one set of kernels throughout, in compiled code as elsewhere.
+const Kernels* ChosenKernels(std::string* error);
+
 }  // namespace accel_tf

@@ -1,5 +1,4 @@
 // The ops on the CPU: check every input, allocate, and call kernels/ on TensorFlow's own threads.
-#include <cstdlib>
 #include <string>
 
 #include "kernels/sparse_matmul.h"
@@ -16,14 +15,6 @@ using ::tensorflow::OpKernelConstruction;
 using ::tensorflow::OpKernelContext;
 using ::tensorflow::Tensor;
 using ::tensorflow::TensorShape;
-
-// ACCEL_TF_ISA is read once: a process uses one set of kernels throughout.
-const Kernels* ChosenKernels(std::string* error) {
-  static std::string* const why = new std::string;
-  static const Kernels* const chosen = FindKernels(std::getenv("ACCEL_TF_ISA"), why);
-  if (chosen == nullptr) *error = "ACCEL_TF_ISA: " + *why;
-  return chosen;
-}
 
 ParallelFor OnIntraOpThreads(OpKernelContext* context) {
   const auto* workers = context->device()->tensorflow_cpu_worker_threads();
@@ -151,7 +142,7 @@ class SparseMatMul : public SparseOp {
     OP_REQUIRES_OK(context, ReadPerOutput("bias", context->input(5), &epilogue.bias));
     const int64_t batch = BatchOf(x);
     Tensor holder;
-    float *y, *scratch;
+    float *y = nullptr, *scratch = nullptr;
     OP_REQUIRES_OK(context, Output(context, x, w.rows, &y));
     OP_REQUIRES_OK(context, Scratch(context, MultiplyScratch(w, batch), &holder, &scratch));
     const std::string fault = Multiply(*kernels_, w, x.flat<float>().data(), batch, epilogue, y,
@@ -174,7 +165,7 @@ class SparseMatMulGradX : public SparseOp {
     OP_REQUIRES_OK(context, ReadMatrix(context->input(1), context->input(2), &values, &w));
     const int64_t batch = BatchOf(dy);
     Tensor holder;
-    float *dx, *scratch;
+    float *dx = nullptr, *scratch = nullptr;
     OP_REQUIRES_OK(context, Output(context, dy, w.cols, &dx));
     OP_REQUIRES_OK(context,
                    Scratch(context, MultiplyTransposedScratch(w, batch), &holder, &scratch));
@@ -202,7 +193,7 @@ class SparseMatMulGradValues : public SparseOp {
     const int64_t batch = BatchOf(x);
     Tensor holder;
     Tensor* d = nullptr;
-    float* scratch;
+    float* scratch = nullptr;
     TensorShape shape;
     OP_REQUIRES_OK(context,
                    TensorShape::BuildTensorShape({pattern.steps() * pattern.height}, &shape));

@@ -67,4 +67,4 @@ def kernel_tests():
 @pytest.fixture(scope="session")
 def address_sanitized_op() -> Path:
     """The folder of an op that runs under AddressSanitizer."""
-    return cmake("op-address", ACCEL_TF_SANITIZE="address")
+    return cmake("op-address", ACCEL_TF_SANITIZE="address", ACCEL_TF_XLA="OFF")

@@ -1,0 +1,4 @@
+// Stands in for a header that XLA's headers include and TensorFlow's wheel lacks; see farmhash.h.
+#pragma once
+
+#define HH_TARGET_PREFERRED 0

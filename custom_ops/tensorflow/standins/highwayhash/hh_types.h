@@ -1,0 +1,2 @@
+// Stands in for a header that XLA's headers include and TensorFlow's wheel lacks; see farmhash.h.
+#pragma once

@@ -1,0 +1,73 @@
+// Spreads work over the threads that XLA lends to a handler, as tensorflow::Shard does over those
+// of TensorFlow, which are the same ones.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <memory>
+#include <mutex>
+
+#include "kernels/parallel.h"
+
+namespace accel_tf {
+
+// The ranges of one piece of work, which the threads take one after the other.
+//
+// The thread that asks takes part, and waits only for ranges that another one has begun, never for
+// a task to start: it may be one of the pool itself, and a pool whose threads all wait for tasks
+// to start would wait forever. So a task may also start when everything is long done; it then finds
+// no range, and leaves `work`, which is gone, alone.
+class Ranges {
+ public:
+  Ranges(int64_t total, int64_t count, const Work& work)
+      : work_(work), total_(total), size_((total + count - 1) / count), missing_(total) {}
+
+  void TakeAll() {
+    // `next_` cannot overflow: each thread adds to it at most once after the last range.
+    for (int64_t begin; (begin = next_.fetch_add(size_)) < total_;) {
+      const int64_t end = std::min(begin + size_, total_);
+      work_(begin, end);
+      const std::lock_guard<std::mutex> lock(mutex_);
+      missing_ -= end - begin;
+      if (missing_ == 0) done_.notify_one();
+    }
+  }
+
+  void Wait() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    done_.wait(lock, [this] { return missing_ == 0; });
+  }
+
+ private:
+  const Work& work_;
+  const int64_t total_, size_;
+  std::atomic<int64_t> next_{0};
+  std::mutex mutex_;
+  std::condition_variable done_;
+  int64_t missing_;  // guarded by mutex_
+};
+
+// `pool`, an xla::ffi::ThreadPool, must outlive what is returned.
+template <class Pool>
+ParallelFor OnThreads(Pool& pool) {
+  return [&pool](int64_t total, int64_t cost, const Work& work) {
+    // Fewer cycles than this are not worth waking a thread; more ranges than threads balance them.
+    constexpr double kCyclesPerRange = 10000;
+    constexpr int64_t kRangesPerThread = 4;
+    if (total <= 0) return;
+    const int64_t threads = pool.num_threads();
+    const double worthwhile = static_cast<double>(total) * cost / kCyclesPerRange;
+    const int64_t most = std::min(total, threads * kRangesPerThread);
+    const int64_t count = worthwhile < most ? static_cast<int64_t>(worthwhile) : most;
+    if (threads < 2 || count < 2) return work(0, total);
+    const auto ranges = std::make_shared<Ranges>(total, count, work);
+    for (int64_t i = 1; i < std::min(threads, count); ++i) {
+      pool.Schedule([ranges] { ranges->TakeAll(); });
+    }
+    ranges->TakeAll();
+    ranges->Wait();
+  };
+}
+
+}  // namespace accel_tf
