@@ -233,7 +233,7 @@ class SparseMultiHeadAttention(keras.layers.MultiHeadAttention):
             self._add("gate", query_shape, (heads, self._value_dim), activation="sigmoid")
         self._build_attention(len(value_shape) + 1)
         self._add("attention_output", attended, self._output_shape or query_shape[-1:], taken=2)
-        self._projection = self._kept = None
+        self._kept = {}
 
     def _add(self, name, input_shape, sizes, taken=1, activation=None):
         """Adds and builds a projection of the last `taken` axes of its input to axes of `sizes`."""

@@ -211,7 +211,7 @@ def _same(size, reach, stride):
 
 
 def _positive(name, value, n) -> tuple[int, ...]:
-    values = (value,) * n if isinstance(value, int) else tuple(value)
+    values = tuple(value) if isinstance(value, (tuple, list)) else (value,) * n
     if len(values) != n or any(not isinstance(v, int) or v < 1 for v in values):
         kind = "a positive integer" if n == 1 else f"a positive integer or {n} of them"
         raise ValueError(f"{name} must be {kind}. Received: {value!r}")

@@ -1,4 +1,4 @@
-"""SparseDense and sparsify: equal to the dense layers they stand for, saved, trained, distributed."""
+"""The sparse layers: equal to the dense ones they stand for, saved, trained, distributed."""
 
 import keras
 import numpy as np
@@ -54,7 +54,7 @@ def test_layer_equals_dense():
         np.testing.assert_allclose(layer(x), np.tanh(x @ w + b), rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(layer.matrix.to_dense(), w)
     assert [v.name for v in layer.trainable_weights] == ["values", "bias"]
-    assert [v.name for v in layer.non_trainable_weights] == ["row_pointers", "columns"]
+    assert [v.name for v in layer.non_trainable_weights] == ["plan", "columns"]
 
 
 def test_random_pattern_is_exact_balanced_and_seeded():
@@ -78,6 +78,7 @@ def test_random_pattern_is_exact_balanced_and_seeded():
         ({"units": 0}, "units must be a positive integer. Received: 0"),
         ({"units": 4, "sparsity": 1.0}, r"fraction of zeros in \[0, 1\). Received: 1.0"),
         ({"units": 4, "nonzeros": -1}, "nonzeros must not be negative. Received: -1"),
+        ({"units": 4, "format": "dense"}, "format must be one of .*Received: 'dense'"),
     ],
 )
 def test_wrong_arguments(arguments, message):
@@ -93,6 +94,8 @@ def test_wrong_shapes_name_the_layer():
         layer.build((None, 5))
     with pytest.raises(ValueError, match="'fc' needs to know the last dimension"):
         layer.build((None, None))
+    with pytest.raises(ValueError, match="'fc' has format='4x1'.* multiples of 4.* 6, 8"):
+        at.SparseDense(6, nonzeros=8, format="4x1", name="fc").build((None, 3))
     with pytest.raises(ValueError, match="'fc' has no matrix yet"):
         layer.matrix  # noqa: B018
 
@@ -140,44 +143,170 @@ def test_config_round_trip():
     np.testing.assert_array_equal(again.matrix.to_dense(), layer.matrix.to_dense())
 
 
-def test_keras_file_restores_the_pattern(tmp_path):
-    model = at.sparsify(mlp())
-    model.compile("adam", "mse")
-    model.fit(x_of(model), np.zeros((5, 32)), verbose=0)
+# --- What all sparse layers keep to ---------------------------------------------------------------------
+
+
+class Attended(keras.layers.Layer):
+    """Self-attention as a layer of one input, so that it fits the others' tests."""
+
+    def __init__(self, attention=None, **kwargs):
+        super().__init__(**kwargs)
+        self.attention = attention or at.SparseMultiHeadAttention(
+            2, 8, sparsity=0.7, name="attention"
+        )
+
+    def build(self, shape):
+        if not self.attention.built:
+            self.attention.build(shape, shape)
+
+    def call(self, x):
+        return self.attention(x, x)
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "attention": keras.saving.serialize_keras_object(self.attention),
+        }
+
+    @classmethod
+    def from_config(cls, config):
+        attention = keras.saving.deserialize_keras_object(config.pop("attention"))
+        return cls(attention, **config)
+
+
+KINDS = {
+    "dense": ((24,), lambda **k: at.SparseDense(20, sparsity=0.7, activation="relu", **k)),
+    "dense 4x1": ((24,), lambda **k: at.SparseDense(20, sparsity=0.7, format="4x1", **k)),
+    "conv 3×3": ((8, 8, 5), lambda **k: at.SparseConv2D(12, 3, sparsity=0.7, padding="same", **k)),
+    "conv 1×1": ((8, 8, 12), lambda **k: at.SparseConv2D(8, 1, sparsity=0.7, strides=2, **k)),
+    "einsum": (
+        (6, 16),
+        lambda **k: at.SparseEinsumDense(
+            "abc,cde->abde", (None, 4, 5), 0.7, bias_axes="de", activation="gelu", **k
+        ),
+    ),
+    "attention": ((6, 16), lambda **k: Attended(**k)),
+    "int8": (
+        (24,),
+        lambda **k: at.SparseDense.from_matrix(some_matrix().quantize(), np.ones(21), **k),
+    ),
+    "partial blocks": ((24,), lambda **k: at.SparseDense.from_matrix(some_matrix("4x1"), **k)),
+}
+
+
+def some_matrix(format="unstructured"):
+    rng = np.random.default_rng(6)
+    w = rng.normal(size=(24, 21)) * (rng.random((24, 21)) < 0.3)
+    return at.SparseMatrix.from_dense(w, format=format)
+
+
+def model_of(kind, **kwargs):
+    shape, make = KINDS[kind]
+    return keras.Sequential([keras.Input(shape), make(name="it", **kwargs), keras.layers.Flatten()])
+
+
+def batch_of(model, batch=4):
+    x = np.random.default_rng(1).normal(size=(batch, *model.input_shape[1:])).astype(np.float32)
+    return x, np.zeros((batch, *model.output_shape[1:]), np.float32)
+
+
+def sparse_layers(model):
+    return [layer for _, layer in at.layers.walk(model) if isinstance(layer, at.sparse.SparseLayer)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_trains_and_keeps_its_pattern(kind):
+    model = model_of(kind)
+    before = [layer.matrix.to_dense().numpy() for layer in sparse_layers(model)]
+    stored = [np.count_nonzero(layer.values) for layer in sparse_layers(model)]
+    model.compile(keras.optimizers.AdamW(0.01), "mse")
+    x, y = batch_of(model)
+    losses = model.fit(x, y, epochs=5, verbose=0).history["loss"]
+    assert losses[-1] < losses[0]
+    for layer, old, count in zip(sparse_layers(model), before, stored, strict=True):
+        new = layer.matrix.to_dense().numpy()
+        np.testing.assert_array_equal(new != 0, old != 0)
+        assert np.count_nonzero(layer.values) == count  # also what matrix does not show: padding
+        assert (np.abs(new - old).max() > 1e-3) == (kind != "int8")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_saved_and_loaded(kind, tmp_path):
+    model = model_of(kind)
+    model.compile(keras.optimizers.Adam(0.01), "mse")
+    x, y = batch_of(model)
+    model.fit(x, y, verbose=0)
+    want = model.predict(x, verbose=0)
+
     model.save(tmp_path / "model.keras")
-    loaded = keras.models.load_model(tmp_path / "model.keras")
-    for old, new in zip(model.layers, loaded.layers, strict=True):
+    loaded = keras.models.load_model(
+        tmp_path / "model.keras", custom_objects={"Attended": Attended}
+    )
+    np.testing.assert_array_equal(loaded.predict(x, verbose=0), want)
+    for old, new in zip(sparse_layers(model), sparse_layers(loaded), strict=True):
         np.testing.assert_array_equal(new.matrix.to_dense(), old.matrix.to_dense())
-    np.testing.assert_array_equal(loaded(x_of(model)), model(x_of(model)))
-    loaded.fit(x_of(model), np.zeros((5, 32)), verbose=0)
+        assert new.get_config() == old.get_config()
+    loaded.fit(x, y, verbose=0)
+
+    # Into a model whose functions are traced, and whose pattern was another.
+    model.save_weights(tmp_path / "model.weights.h5")
+    other = keras.models.clone_model(model)
+    other.predict(x, verbose=0)
+    other.load_weights(tmp_path / "model.weights.h5")
+    np.testing.assert_array_equal(other.predict(x, verbose=0), want)
+
+    model.export(str(tmp_path / "saved"), verbose=False)
+    served = tf.saved_model.load(str(tmp_path / "saved"))
+    np.testing.assert_allclose(served.serve(x), want, rtol=1e-6, atol=1e-6)
 
 
-def test_saved_model_round_trip(tmp_path):
-    model = at.sparsify(mlp())
-    model.export(str(tmp_path), verbose=False)
-    loaded = tf.saved_model.load(str(tmp_path))
-    np.testing.assert_allclose(loaded.serve(x_of(model)), model(x_of(model)), rtol=1e-6, atol=1e-6)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("policy", ["mixed_float16", "bfloat16"])
+def test_dtype_policies(kind, policy):
+    model = model_of(kind)
+    low = model_of(kind, dtype=policy) if kind != "attention" else None
+    if low is None:
+        keras.config.set_dtype_policy(policy)
+        low = model_of(kind)
+    low.set_weights(model.get_weights())
+    x, _ = batch_of(model)
+    y = low(x)
+    assert low.get_layer("it").compute_dtype == policy.removeprefix("mixed_")
+    np.testing.assert_allclose(tf.cast(y, tf.float32), model(x), rtol=0.05, atol=0.05)
+    low.compile("sgd", "mse")
+    low.fit(x, np.zeros(y.shape), verbose=0)
 
 
-def test_mixed_precision():
-    keras.config.set_dtype_policy("mixed_float16")
-    model = mlp()
-    fast = at.sparsify(model)
-    layer = fast.get_layer("wide")
-    assert layer.values.dtype == "float32" and layer.compute_dtype == "float16"
-    x = x_of(model)
-    assert fast(x).dtype == tf.float16
-    np.testing.assert_allclose(fast(x), model(x), rtol=1e-2, atol=1e-2)
-    fast.compile("adam", "mse")
-    fast.fit(x, np.zeros((5, 32)), verbose=0)
+def test_weights_of_another_seed_can_be_loaded(tmp_path):
+    """Sizes do not depend on the seed, so that a script that makes its model anew can load."""
+    one, two = (keras.Sequential([keras.Input((700,)), at.SparseDense(50)]) for _ in range(2))
+    assert one.layers[0].seed != two.layers[0].seed
+    two(np.ones((1, 700)))
+    one.save_weights(tmp_path / "w.weights.h5")
+    two.load_weights(tmp_path / "w.weights.h5")
+    np.testing.assert_array_equal(one.layers[0].matrix.to_dense(), two.layers[0].matrix.to_dense())
 
 
-def test_keras_does_not_compile_it_with_xla():
-    model = at.sparsify(mlp())
-    with pytest.warns(UserWarning, match="doesn't support `jit_compile=True`"):
+def test_weights_of_another_pattern_are_refused(tmp_path):
+    def model(matrix):
+        return keras.Sequential([keras.Input((24,)), at.SparseDense.from_matrix(matrix, name="fc")])
+
+    rng = np.random.default_rng(7)
+    model(some_matrix()).save_weights(tmp_path / "w.weights.h5")
+    other = model(at.SparseMatrix.from_dense(rng.random((24, 21)) < 0.5, format="unstructured"))
+    with pytest.raises(ValueError, match="'.*fc' cannot load these weights, as they have another"):
+        other.load_weights(tmp_path / "w.weights.h5")
+
+
+def test_keras_does_not_compile_it_with_xla_unless_it_can():
+    model = model_of("dense")
+    if at.SparseDense(3).supports_jit:
         model.compile("adam", "mse", jit_compile=True)
-    assert not model.jit_compile
-    model.fit(x_of(model), np.zeros((5, 32)), verbose=0)
+    else:
+        with pytest.warns(UserWarning, match="doesn't support `jit_compile=True`"):
+            model.compile("adam", "mse", jit_compile=True)
+    assert model.jit_compile == at.SparseDense(3).supports_jit
+    model.fit(*batch_of(model), verbose=0)
 
 
 def test_two_replicas_train_as_one():
@@ -185,7 +314,7 @@ def test_two_replicas_train_as_one():
 
     def trained(strategy):
         with strategy.scope():
-            model = at.sparsify(mlp())
+            model = at.sparsify(mlp(), min_sparsity=0.8)
             model.compile(keras.optimizers.SGD(0.1), "mse")
         model.fit(x, y, batch_size=8, epochs=2, shuffle=False, verbose=0)
         return model.get_weights()
@@ -196,142 +325,3 @@ def test_two_replicas_train_as_one():
     two = trained(at.mirrored_strategy(["CPU:0", "CPU:1"]))
     for a, b in zip(one, two, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
-
-
-# --- sparsify ----------------------------------------------------------------------------------------
-
-
-def test_sparsify_reports_every_layer_with_weights():
-    inputs = keras.Input((8, 8, 3))
-    x = keras.layers.Conv2D(16, 3, name="conv")(inputs)
-    x = keras.layers.Conv2D(32, 1, activation="relu", name="pointwise")(x)
-    x = keras.layers.Conv2D(32, 1, strides=2, name="strided")(x)
-    x = keras.layers.BatchNormalization(name="bn")(x)
-    x = keras.layers.GlobalAveragePooling2D()(x)
-    x = keras.layers.Dense(64, name="sparse")(x)
-    model = zero_out(keras.Model(inputs, keras.layers.Dense(10, name="dense")(x)))
-    model.get_layer("dense").kernel.assign(np.ones((64, 10)))
-    before = [w.numpy() for w in model.weights]
-
-    fast = at.sparsify(model)
-
-    report = at.report_of(fast)
-    assert {e.layer for e in report.done} == {"pointwise", "sparse"}
-    notes = {e.layer: e.note for e in report.skipped}
-    assert notes.keys() == {"conv", "strided", "bn", "dense"}
-    assert notes["conv"] == "Conv2D 3×3: only 1×1 has a sparse form"
-    assert "strides=(2, 2)" in notes["strided"]
-    assert notes["bn"] == "BatchNormalization has no sparse form"
-    assert notes["dense"] == "Dense (64, 10), 0.0 % zeros, less than min_sparsity = 0.8"
-    assert [layer.name for layer in fast.layers[1:]] == [layer.name for layer in model.layers[1:]]
-    assert fast.name == model.name
-    assert_same_function(model, fast)
-    for old, new in zip(before, model.weights, strict=True):
-        np.testing.assert_array_equal(old, new)
-
-
-def test_sparsify_nested_and_shared():
-    shared = keras.layers.Dense(24, activation="relu", name="shared")
-    inner_in = keras.Input((24,))
-    inner = keras.Model(
-        inner_in, keras.layers.Dense(24, name="in_block")(shared(inner_in)), name="block"
-    )
-    inputs = keras.Input((24,))
-    model = zero_out(keras.Model(inputs, shared(inner(inner(shared(inputs))))))
-    fast = at.sparsify(model)
-    assert sum(isinstance(layer, at.SparseDense) for _, layer in at.layers.walk(fast)) == 2
-    assert_same_function(model, fast)
-    assert {e.layer.split("/")[-1] for e in at.report_of(fast).done} == {"shared", "in_block"}
-
-
-def test_sparsify_says_what_it_cannot_reach():
-    model = zero_out(
-        keras.Sequential(
-            [
-                keras.Input((4, 16)),
-                keras.layers.TimeDistributed(keras.layers.Dense(8, name="within"), name="each"),
-            ]
-        )
-    )
-    report = at.report_of(at.sparsify(model))
-    assert not report.done
-    notes = {e.layer: e.note for e in report.skipped}
-    assert "it belongs to the layer 'each', which is kept whole" in notes["each/within"]
-
-
-def test_sparsify_keeps_regularizers_and_drops_constraints():
-    model = zero_out(
-        keras.Sequential(
-            [
-                keras.Input((16,)),
-                keras.layers.Dense(
-                    8,
-                    kernel_regularizer=keras.regularizers.L2(0.1),
-                    kernel_constraint=keras.constraints.NonNeg(),
-                ),
-            ]
-        )
-    )
-    model.layers[0].trainable = False
-    fast = at.sparsify(model)
-    layer = fast.layers[0]
-    assert not layer.trainable
-    layer.trainable = model.layers[0].trainable = True
-    np.testing.assert_allclose(sum(fast.losses), sum(model.losses), rtol=1e-5)
-    assert "constraint is dropped" in at.report_of(fast).done[0].note
-
-
-def test_sparsify_threshold_and_errors():
-    model = zero_out(mlp(), sparsity=0.0)
-    assert not at.report_of(at.sparsify(model, min_sparsity=0.99)).done
-    assert len(at.report_of(at.sparsify(model, min_sparsity=0.0)).done) == 2
-    with pytest.raises(ValueError, match=r"fraction of zeros in \[0, 1\]. Received: 90"):
-        at.sparsify(model, min_sparsity=90)
-
-    class Subclassed(keras.Model):
-        def __init__(self):
-            super().__init__()
-            self.fc = keras.layers.Dense(4)
-
-        def call(self, x):
-            return self.fc(x)
-
-    subclassed = Subclassed()
-    with pytest.raises(ValueError, match="sparsify needs the weights of model .* not built yet"):
-        at.sparsify(subclassed)
-    subclassed(np.ones((1, 4)))
-    with pytest.raises(ValueError, match="is subclassed"):
-        at.sparsify(subclassed)
-
-
-def test_sparsify_all_zero_kernel():
-    model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(4)])
-    model.layers[0].set_weights([np.zeros((6, 4)), np.arange(4.0)])
-    fast = at.sparsify(model)
-    assert fast.layers[0].matrix.nnz == 0
-    assert_same_function(model, fast)
-    fast.compile("sgd", "mse")
-    fast.fit(np.ones((4, 6)), np.ones((4, 4)), verbose=0)
-
-
-@pytest.mark.parametrize("name", ["MobileNetV2", "EfficientNetV2B0"])
-def test_sparsify_applications(name):
-    model = zero_out(
-        getattr(keras.applications, name)(
-            weights=None, input_shape=(96, 96, 3), classes=10, classifier_activation=None
-        )
-    )
-    fast = at.sparsify(model)
-    assert len(at.report_of(fast).done) > 20
-    x = 255 * np.random.default_rng(0).random((2, 96, 96, 3)).astype(np.float32)
-    want = np.asarray(model(x))
-    np.testing.assert_allclose(fast(x), want, atol=1e-4 * np.abs(want).max())
-    assert np.abs(want[0] - want[1]).max() > 1e-2 * np.abs(want).max()  # the signal gets through
-
-
-def test_sparsity_counts_the_zeros_that_a_sparse_layer_does_not_store():
-    model = keras.Sequential([keras.Input((20,)), keras.layers.Dense(10, name="head")])
-    at.prune(model, at.ConstantSparsity(0.9))
-    fast = at.sparsify(model)
-    assert at.sparsity(fast).rows == at.sparsity(model).rows
-    assert at.sparsity(fast).total == 0.9

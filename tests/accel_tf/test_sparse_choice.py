@@ -1,0 +1,108 @@
+"""The model of costs: its predictions, its measurement, and the choices that follow from it."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+import accel_tf as at
+from accel_tf.sparse import _choice
+
+COSTS = _choice.Costs(
+    batches=(1, 10, 100),
+    per_weight={
+        "dense": (1.0, 0.1, 0.1),
+        "unstructured": (4.0, 0.4, 0.2),
+        "4x1": (3.0, 0.3, 0.1),
+        "16x1": (2.0, 0.3, 0.15),
+    },
+    convolution=0.2,
+    move=0.5,
+    patches=2.0,
+    call=1000.0,
+    host="a made-up host",
+)
+
+
+@pytest.fixture
+def costs(monkeypatch):
+    monkeypatch.setattr(_choice, "_costs", COSTS)
+    return COSTS
+
+
+def test_prediction():
+    assert COSTS.predict("dense", 10, (20, 30), 600) == pytest.approx(1e-9 * (1000 + 600))
+    assert COSTS.predict("unstructured", 10, (20, 30), 60) == pytest.approx(
+        1e-9 * (1000 + 10 * (60 * 0.4 + 50 * 0.5))
+    )
+    # Between batches prices are interpolated on logarithmic axes; beyond, they are the last one.
+    middle = COSTS.predict("dense", 3, (1000, 1000), 10**6) / 3
+    assert 0.3e-3 < middle < 0.36e-3
+    assert COSTS.predict("4x1", 10**4, (0, 0), 100) == pytest.approx(1e-9 * (1000 + 10**5))
+    assert COSTS.convolve(7, (3, 3, 4, 5)) == pytest.approx(1e-9 * (1000 + 7 * 180 * 0.2))
+    assert COSTS.unroll(7, 36) == pytest.approx(1e-9 * (1000 + 7 * 36 * 2))
+
+
+def test_break_even():
+    sparsity = COSTS.break_even(100)
+    shape, weights = (1024, 1024), 1024**2
+    sparse = COSTS.predict("unstructured", 100, shape, round((1 - sparsity) * weights))
+    assert sparse == pytest.approx(COSTS.predict("dense", 100, shape, weights), rel=1e-3)
+    assert 0.5 < sparsity < 0.6
+
+
+def test_it_prints_as_a_table():
+    text = str(COSTS)
+    assert text == repr(COSTS) and "<table" in COSTS._repr_html_()
+    assert text.startswith("costs of a made-up host")
+    assert "unstructured" in text and "batch 100" in text and "break-even" in text
+
+
+def test_choice_follows_costs(costs):
+    rng = np.random.default_rng(0)
+    scattered = rng.random((256, 256)) < 0.1
+    blocks = np.repeat(rng.random((256, 64)) < 0.1, 4, axis=1)
+    tall = np.repeat(rng.random((256, 16)) < 0.1, 16, axis=1)
+    for w, format in [
+        (scattered, "unstructured"),
+        (blocks, "4x1"),
+        (tall, "4x1"),
+        (rng.random((256, 256)) < 0.9, "dense"),
+    ]:
+        assert at.SparseMatrix.from_dense(w).format == format
+    pattern = at.SparseMatrix.from_dense(tall)._pattern
+    assert pattern.choose(1).format == "16x1"
+    only = pattern.choose(1, formats=("unstructured",))
+    assert only.format == "unstructured" and only.speedup < pattern.choose(1).speedup
+    assert pattern.choose(1, dense=1.0).speedup > 1000
+    assert pattern.choose(1, extra=1.0).format == "dense"
+
+
+def test_dense_is_left_by_a_margin_only(costs, monkeypatch):
+    """A gain of a few percent is within the error of the prediction."""
+    w = np.ones((64, 64))
+    price = 0.1 * 4096 / (4096 + 128 * 0.5 / 0.1)  # as fast as dense at batch 100
+    for factor, format in [(1.02, "dense"), (0.98, "dense"), (0.8, "unstructured")]:
+        prices = {**COSTS.per_weight, "unstructured": (price * factor,) * 3}
+        monkeypatch.setattr(_choice, "_costs", dataclasses.replace(COSTS, per_weight=prices))
+        pattern = at.SparseMatrix.from_dense(w)._pattern
+        assert pattern.choose(100, formats=("dense", "unstructured")).format == format
+
+
+def test_tune_measures_this_host(monkeypatch, capsys):
+    monkeypatch.setattr(_choice, "_costs", COSTS)  # restores the built-in ones afterwards
+    measured = at.sparse.tune()
+    assert "measure" in capsys.readouterr().out
+    assert at.sparse.costs() is measured and at.sparse.isa() in measured.host
+    for prices in measured.per_weight.values():
+        assert len(prices) == len(measured.batches)
+        assert all(1e-4 < price < 100 for price in prices)
+        assert prices[-1] < prices[0]  # weights are read once per batch
+    assert measured.break_even(64) < 0.95
+    assert all(value > 0 for value in (measured.move, measured.patches, measured.call))
+
+
+def test_tune_needs_the_op(monkeypatch):
+    monkeypatch.setattr(at.sparse._op, "ops", None)
+    with pytest.raises(RuntimeError, match="there is none in this installation"):
+        at.sparse.tune()
