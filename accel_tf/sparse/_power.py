@@ -9,15 +9,14 @@ import math
 import numpy as np
 import tensorflow as tf
 
-from . import _op
+from . import _choice, _op
 from ._matrix import SparseMatrix, sparse_matmul
 
-# What things cost, counted in multiply-adds of a dense product. Measured, 500 to 2,000 rows on two
-# cores: Gustavson's product has an index, a bit and a sum in memory for each term, and makes arrays
-# for the elements of the product.
-_SPARSE_SPARSE = 80.0
-_STORED = 400.0
-_DENSE_SPARSE = 2.0
+# What Gustavson's product costs for each term, which has an index, a bit and a sum in memory, and for
+# each element of the result, for which there are arrays to make; counted in multiply-adds of a dense
+# product. Measured, 500 to 2,000 rows on two cores. Other products are priced by `costs()`.
+_TERM = 80.0
+_ELEMENT = 400.0
 
 # The density of A from which A·A is faster as a dense product: 80·(density·n)²·n = n³ at 0.11.
 _DENSE_ABOVE = 0.1
@@ -124,8 +123,8 @@ def matrix_power(matrix: SparseMatrix, k: int, *, dense_above: float = _DENSE_AB
             if isinstance(power, SparseMatrix) and power.density > dense_above:
                 power = power.to_dense()
             if not isinstance(power, SparseMatrix):
-                left = len(digits) - i
-                if (k - reached) * _DENSE_SPARSE * matrix.nnz < left * n**2:
+                step = _seconds(matrix.nnz, n, rows=n)
+                if (k - reached) * step < (len(digits) - i) * _seconds(n**2, n, rows=n):
                     for _ in range(k - reached):
                         power = sparse_matmul(power, matrix)
                     break
@@ -144,9 +143,9 @@ def propagate(matrix: SparseMatrix, x, k: int) -> tf.Tensor:
     along the edges; with rows that sum to 1, `x·Aᵏ` is the distribution of a random walk after k
     steps. For features in columns, H of shape (n, features), give `tf.transpose(H)`.
 
-    k products with the sparse A cost k·nnz for each row of `x`, and the power Aᵏ is not formed. It
-    is, or a part of it A^(2ˢ), where that costs less by a model of the three kinds of products: for
-    many rows, and many hops compared with n²/nnz, or where powers do not fill up.
+    As a rule `x` is multiplied k times by the sparse A, and Aᵏ is not formed. It is, or a part of it
+    A^(2ˢ), where that takes less time by `accel_tf.sparse.costs()`: for many rows and many hops
+    compared with n²/nnz, or where powers do not fill up.
 
     Differentiable in `x`; and in the values of A where these are a tensor or a variable, from
     `with_values`: then, no power is formed.
@@ -205,20 +204,29 @@ def _squarings(matrix: SparseMatrix, k: int, rows: int | None) -> int:
     n = matrix.shape[0]
     with tf.init_scope():
         pointers, columns = matrix.row_pointers.numpy(), matrix.columns.numpy()
-    nnz, products = float(columns.size), float(np.diff(pointers)[columns].sum())
+    nnz, terms = float(columns.size), float(np.diff(pointers)[columns].sum())
     formed = below = 0.0
     best, choice = math.inf, 0
     for s in range(k.bit_length()):
-        dense = nnz > _DENSE_ABOVE * n**2
-        once = n**2 if dense else _DENSE_SPARSE * nnz
-        cost = formed + rows * (below + (k >> s) * once)
+        once = _seconds(nnz, n, rows)
+        cost = formed + below + (k >> s) * once
         if cost < best:
             best, choice = cost, s
         below += (k >> s & 1) * once
-        nnz = -(n**2) * math.expm1(-products / n**2) if n else 0.0
-        formed += n**3 if dense else _SPARSE_SPARSE * products + _STORED * nnz
-        products = nnz**2 / max(n, 1)
+        square = _seconds(n**2, n, rows=n)
+        dense = nnz > _DENSE_ABOVE * n**2
+        nnz = -(n**2) * math.expm1(-terms / n**2) if n else 0.0
+        formed += square if dense else square / max(n, 1) ** 3 * (_TERM * terms + _ELEMENT * nnz)
+        terms = nnz**2 / max(n, 1)
     return choice
+
+
+def _seconds(nnz: float, n: int, rows: int) -> float:
+    """The time of x·P, for `rows` rows of x, and a P of shape (n, n) with `nnz` non-zeros."""
+    dense = _choice.costs().predict("dense", rows, (n, n), n**2)
+    if nnz > _DENSE_ABOVE * n**2:
+        return dense
+    return min(dense, _choice.costs().predict("unstructured", rows, (n, n), nnz))
 
 
 def _times(a, b):
