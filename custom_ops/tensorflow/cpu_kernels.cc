@@ -4,7 +4,7 @@
 #include "kernels/sparse_matmul.h"
 #include "tensorflow/core/framework/op_kernel.h"
 #include "tensorflow/core/framework/tensor.h"
-#include "tensorflow/core/util/work_sharder.h"
+#include "tensorflow/intra_op_threads.h"
 
 namespace accel_tf {
 namespace {
@@ -15,13 +15,6 @@ using ::tensorflow::OpKernelConstruction;
 using ::tensorflow::OpKernelContext;
 using ::tensorflow::Tensor;
 using ::tensorflow::TensorShape;
-
-ParallelFor OnIntraOpThreads(OpKernelContext* context) {
-  const auto* workers = context->device()->tensorflow_cpu_worker_threads();
-  return [workers](int64_t total, int64_t cost, const Work& work) {
-    tensorflow::Shard(workers->num_threads, workers->workers, total, cost, work);
-  };
-}
 
 // The number of rows of a [..., size] tensor seen as a matrix; `size` may be 0.
 int64_t BatchOf(const Tensor& t) {
@@ -133,6 +126,7 @@ class SparseMatMul : public SparseOp {
   }
 
   void Compute(OpKernelContext* context) override {
+    IntraOpThreads threads(context);
     const Tensor &x = context->input(0), &values = context->input(3);
     Sliced w;
     Epilogue epilogue{nullptr, nullptr, activation_};
@@ -146,7 +140,7 @@ class SparseMatMul : public SparseOp {
     OP_REQUIRES_OK(context, Output(context, x, w.rows, &y));
     OP_REQUIRES_OK(context, Scratch(context, MultiplyScratch(w, batch), &holder, &scratch));
     const std::string fault = Multiply(*kernels_, w, x.flat<float>().data(), batch, epilogue, y,
-                                       scratch, OnIntraOpThreads(context));
+                                       scratch, OnThreads(threads));
     OP_REQUIRES(context, fault.empty(), Invalid(fault));
   }
 
@@ -159,6 +153,7 @@ class SparseMatMulGradX : public SparseOp {
   using SparseOp::SparseOp;
 
   void Compute(OpKernelContext* context) override {
+    IntraOpThreads threads(context);
     const Tensor &dy = context->input(0), &values = context->input(3);
     Sliced w;
     OP_REQUIRES_OK(context, CheckLast("dy", dy, shape_.rows, "out_features"));
@@ -170,7 +165,7 @@ class SparseMatMulGradX : public SparseOp {
     OP_REQUIRES_OK(context,
                    Scratch(context, MultiplyTransposedScratch(w, batch), &holder, &scratch));
     const std::string fault = MultiplyTransposed(*kernels_, w, dy.flat<float>().data(), batch, dx,
-                                                 scratch, OnIntraOpThreads(context));
+                                                 scratch, OnThreads(threads));
     OP_REQUIRES(context, fault.empty(), Invalid(fault));
   }
 };
@@ -180,6 +175,7 @@ class SparseMatMulGradValues : public SparseOp {
   using SparseOp::SparseOp;
 
   void Compute(OpKernelContext* context) override {
+    IntraOpThreads threads(context);
     const Tensor &dy = context->input(0), &x = context->input(1);
     Sliced pattern;
     OP_REQUIRES_OK(context, CheckLast("dy", dy, shape_.rows, "out_features"));
@@ -201,7 +197,7 @@ class SparseMatMulGradValues : public SparseOp {
     OP_REQUIRES_OK(context, Scratch(context, SampleScratch(pattern, batch), &holder, &scratch));
     const std::string fault =
         Sample(*kernels_, pattern, dy.flat<float>().data(), x.flat<float>().data(), batch,
-               d->flat<float>().data(), scratch, OnIntraOpThreads(context));
+               d->flat<float>().data(), scratch, OnThreads(threads));
     OP_REQUIRES(context, fault.empty(), Invalid(fault));
   }
 };

@@ -8,7 +8,7 @@
 #include "tensorflow/core/framework/op_kernel.h"
 #include "tensorflow/core/framework/shape_inference.h"
 #include "tensorflow/core/framework/tensor.h"
-#include "tensorflow/core/util/work_sharder.h"
+#include "tensorflow/intra_op_threads.h"
 
 namespace accel_tf {
 namespace {
@@ -69,10 +69,8 @@ class SparseSparseMatMul : public OpKernel {
   }
 
   void Compute(OpKernelContext* context) override {
-    const auto* workers = context->device()->tensorflow_cpu_worker_threads();
-    const ParallelFor parallel_for = [workers](int64_t total, int64_t cost, const Work& work) {
-      tensorflow::Shard(workers->num_threads, workers->workers, total, cost, work);
-    };
+    IntraOpThreads threads(context);
+    const ParallelFor parallel_for = OnThreads(threads);
     Csr a, b;
     OP_REQUIRES_OK(context, Describe(context, "b", 3, out_columns_, &b));
     OP_REQUIRES_OK(context, Describe(context, "a", 0, b.rows, &a));
@@ -84,7 +82,7 @@ class SparseSparseMatMul : public OpKernel {
     SparseProduct product(a, b);
     std::string fault;
     try {
-      fault = product.Plan(workers->num_threads);
+      fault = product.Plan(threads.num_threads());
     } catch (const std::bad_alloc&) {
       context->CtxFailure(absl::ResourceExhaustedError(
           type_string() + ": no memory for the sums of a row of the product"));

@@ -9,7 +9,7 @@
 #include <string_view>
 
 #include "kernels/sparse_matmul.h"
-#include "tensorflow/xla_threads.h"
+#include "kernels/threads.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace accel_tf {

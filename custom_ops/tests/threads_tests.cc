@@ -5,7 +5,7 @@
 #include <thread>
 #include <vector>
 
-#include "tensorflow/xla_threads.h"
+#include "kernels/threads.h"
 #include "tests/testing.h"
 
 namespace accel_tf {

@@ -1,5 +1,4 @@
-// Spreads work over the threads that XLA lends to a handler, as tensorflow::Shard does over those
-// of TensorFlow, which are the same ones.
+// Spreads work over threads that are not ours: TensorFlow's intra-op pool, or what XLA lends.
 #pragma once
 
 #include <algorithm>
@@ -7,6 +6,7 @@
 #include <condition_variable>
 #include <memory>
 #include <mutex>
+#include <thread>
 
 #include "kernels/parallel.h"
 
@@ -15,9 +15,9 @@ namespace accel_tf {
 // The ranges of one piece of work, which the threads take one after the other.
 //
 // The thread that asks takes part, and waits only for ranges that another one has begun, never for
-// a task to start: it may be one of the pool itself, and a pool whose threads all wait for tasks
-// to start would wait forever. So a task may also start when everything is long done; it then finds
-// no range, and leaves `work`, which is gone, alone.
+// a task to start: waking a thread takes longer than many a product, and where all threads of a
+// pool wait for tasks to start, they wait forever. So a task may also start when everything is long
+// done; it then finds no range, and leaves `work`, which is gone, alone.
 class Ranges {
  public:
   Ranges(int64_t total, int64_t count, const Work& work)
@@ -28,33 +28,38 @@ class Ranges {
     for (int64_t begin; (begin = next_.fetch_add(size_)) < total_;) {
       const int64_t end = std::min(begin + size_, total_);
       work_(begin, end);
-      const std::lock_guard<std::mutex> lock(mutex_);
-      missing_ -= end - begin;
-      if (missing_ == 0) done_.notify_one();
+      if (missing_.fetch_sub(end - begin) == end - begin) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        done_.notify_one();
+      }
     }
   }
 
   void Wait() {
+    // What is missing has begun, and is soon done: sleeping would take longer than it does.
+    for (int i = 0; i < 200; ++i) {
+      if (missing_.load() == 0) return;
+      std::this_thread::yield();
+    }
     std::unique_lock<std::mutex> lock(mutex_);
-    done_.wait(lock, [this] { return missing_ == 0; });
+    done_.wait(lock, [this] { return missing_.load() == 0; });
   }
 
  private:
   const Work& work_;
   const int64_t total_, size_;
-  std::atomic<int64_t> next_{0};
+  std::atomic<int64_t> next_{0}, missing_;
   std::mutex mutex_;
   std::condition_variable done_;
-  int64_t missing_;  // guarded by mutex_
 };
 
-// `pool`, an xla::ffi::ThreadPool, must outlive what is returned.
+// `pool` has num_threads() and Schedule(task), and must outlive what is returned.
 template <class Pool>
 ParallelFor OnThreads(Pool& pool) {
   return [&pool](int64_t total, int64_t cost, const Work& work) {
-    // Fewer cycles than this are not worth waking a thread; more ranges than threads balance them.
+    // Fewer cycles than this are not worth a range; more ranges than threads balance them.
     constexpr double kCyclesPerRange = 10000;
-    constexpr int64_t kRangesPerThread = 4;
+    constexpr int64_t kRangesPerThread = 16;
     if (total <= 0) return;
     const int64_t threads = pool.num_threads();
     const double worthwhile = static_cast<double>(total) * cost / kCyclesPerRange;
