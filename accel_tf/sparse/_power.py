@@ -30,8 +30,8 @@ def sparse_sparse_matmul(a: SparseMatrix, b: SparseMatrix) -> SparseMatrix:
     with the same bits for any number of them.
 
     The pattern of the product follows from the two patterns alone: sums that cancel are stored, as
-    zeros (SciPy would drop them). Each stored place occurs once, in ascending order. Inside a `tf.function` the product is
-    made once, while the function is traced. It has no gradient.
+    zeros (SciPy would drop them). Each stored place occurs once, in ascending order. Inside a
+    `tf.function` the product is made once, while the function is traced. It has no gradient.
 
     Args:
         a: (m, k).
