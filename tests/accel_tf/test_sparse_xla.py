@@ -186,17 +186,16 @@ def test_inside_of_loops_and_branches():
 def test_layers_train_as_without_xla():
     def train(jit_compile):
         keras.utils.set_random_seed(0)
-        model = keras.Sequential(
-            [
-                keras.Input((12, 12, 3)),
-                keras.layers.Conv2D(32, 3, activation="relu"),
-                keras.layers.GlobalAveragePooling2D(),
-                at.SparseDense(64, sparsity=0.8, activation="relu", seed=0),
-                at.SparseDense(12, sparsity=0.5, activation="softmax", seed=1, format="4x1"),
-            ]
-        )
+        x = inputs = keras.Input((8, 8, 4))
+        x = at.SparseConv2D(32, 3, sparsity=0.7, activation="relu", seed=0)(x)
+        x = keras.layers.Reshape((36, 32))(x)
+        x = at.SparseMultiHeadAttention(2, 8, sparsity=0.6)(x, x)
+        x = keras.layers.GlobalAveragePooling1D()(x)
+        x = at.SparseDense(12, sparsity=0.5, activation="softmax", seed=1, format="4x1")(x)
+        model = keras.Model(inputs, x)
         model.compile("adam", "sparse_categorical_crossentropy", jit_compile=jit_compile)
-        x, y = normal(70, 12, 12, 3).numpy(), np.arange(70) % 10
+        x, y = normal(70, 8, 8, 4).numpy(), np.arange(70) % 10
+        # 32 + 32 + 6 samples: two sizes of a batch, each compiled for itself.
         losses = model.fit(x, y, batch_size=32, epochs=2, verbose=0).history["loss"]
         assert model.jit_compile == jit_compile  # Keras has not fallen back, with a warning
         return losses, model.predict(x, verbose=0)

@@ -51,6 +51,7 @@ def test_wheel_holds_the_package_the_library_and_its_record(wheel):
         "accel_tf/__init__.py",
         "accel_tf/book.mplstyle",
         "accel_tf/sparse/_accel_tf_ops.so",
+        "accel_tf/sparse/_accel_tf_xla.so",
         "accel_tf/sparse/_accel_tf_ops.json",
     } <= names
     assert not [name for name in names if name.startswith(("tests", "book", "custom_ops"))]
