@@ -63,7 +63,7 @@ class SparseLayer(keras.layers.Layer):
         self.values_regularizer = keras.regularizers.get(values_regularizer)
         self.bias_regularizer = keras.regularizers.get(bias_regularizer)
         self.bias_constraint = keras.constraints.get(bias_constraint)
-        self.supports_jit = _op.SUPPORTS_JIT
+        self.supports_jit = _op.supports_jit()
         self._packed = None if packed is None else Sizes(**packed)
         self._initial: tuple | None = None
 

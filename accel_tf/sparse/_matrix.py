@@ -286,7 +286,7 @@ def sparse_matmul(x, matrix: SparseMatrix, bias=None, activation=None) -> tf.Ten
 
     Differentiable, any number of times, in `x`, in `bias` and in the values of
     `matrix.with_values(values)`. Runs on the CPU, over TensorFlow's intra-op threads; the result has
-    the same bits for any number of threads.
+    the same bits for any number of threads, and in functions that XLA compiles (`jit_compile=True`).
 
     Args:
         x: [..., in] float32; one or more dimensions, each of which may be 0. float16 and bfloat16

@@ -104,8 +104,7 @@ def _load():
     return ops, library, None, _load_xla(folder)
 
 
-# SUPPORTS_JIT: whether XLA can compile what calls the op.
-ops, _library, _version_error, SUPPORTS_JIT = _load()
+ops, _library, _version_error, _xla = _load()
 
 
 def _compiled() -> bool:
@@ -113,6 +112,14 @@ def _compiled() -> bool:
     if _version_error is not None:
         raise _version_error
     return ops is not None
+
+
+def supports_jit() -> bool:
+    """Whether XLA can compile what calls the op.
+
+    Not on a machine with a GPU, for which Keras would have it compiled unasked (`"auto"`).
+    """
+    return _xla and not tf.config.list_physical_devices("GPU")
 
 
 @functools.cache

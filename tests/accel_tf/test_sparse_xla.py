@@ -52,7 +52,12 @@ def targets(function, *arguments):
 
 
 def test_the_installed_package_can_be_compiled():
-    assert _op.SUPPORTS_JIT
+    assert _op.supports_jit() and at.SparseDense(3).supports_jit
+
+
+def test_keras_does_not_compile_it_unasked_for_a_gpu(monkeypatch):
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind=None: ["a GPU"])
+    assert not at.SparseDense(3).supports_jit
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (1,), (37,), (2, 3), (2, 0, 5), (200,)])
@@ -305,7 +310,7 @@ with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     import accel_tf as at
     matrix = at.SparseMatrix.from_dense(np.eye(3), format="unstructured")
-print(at.sparse._op.SUPPORTS_JIT, sum("XLA cannot compile" in str(w.message) for w in caught))
+print(at.sparse._op.supports_jit(), sum("XLA cannot compile" in str(w.message) for w in caught))
 product = lambda x: at.sparse_matmul(x, matrix)
 assert np.array_equal(product(np.ones((2, 3), "float32")), np.ones((2, 3)))
 try:
