@@ -1,17 +1,18 @@
-"""Which kernel is the fastest for a matrix: a small model of their costs, and its measurement.
+"""Which kernel is the fastest for a matrix: a small model of their costs.
 
 A product of a batch of B samples with K inputs and N outputs takes, by the model,
 
-    call + B · (stored · c(kernel, B) + (K + N) · move)
+    call + B · (stored · weight(B) + (K + N) · move)
 
-nanoseconds: `stored` weights at a price that depends on the kernel and on the batch, for weights are
-read once per batch; inputs to be packed and outputs to be written; and the call itself. The dense
-kernel has no `move`, and stores K · N weights. The numbers below are of one host; `tune` measures
-those of another.
+nanoseconds: a price for the call itself, for each weight that is stored, and for each number that
+goes in or comes out, as a kernel packs the ones and lays out the others. That of a weight depends on
+the batch, for weights are read once per batch. The dense kernel stores K · N weights. The numbers
+below are of one host; `tune` measures those of another.
 """
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 import numpy as np
 
@@ -25,27 +26,36 @@ MARGIN = 1.1
 BATCH = 32
 
 
+class Price(NamedTuple):
+    """What a kernel costs, in nanoseconds.
+
+    Attributes:
+        call: For each call.
+        move: For each input and output of a sample.
+        weight: For each weight that is stored, and sample, at each of the batch sizes of `Costs`.
+    """
+
+    call: float
+    move: float
+    weight: tuple[float, ...]
+
+
 @dataclasses.dataclass(frozen=True, repr=False)
 class Costs:
     """What the kernels cost on a host, in nanoseconds. Prints as a table.
 
     Attributes:
-        batches: The batch sizes at which the weights were priced; prices between them are
-            interpolated.
-        per_weight: For each kernel, the price of a stored weight and sample at each batch size.
-        convolution: The same for a dense convolution of large images.
-        move: The price of an input or output of a sample.
-        patches: The price of an element of the patches into which a k×k convolution is unrolled.
-        call: The price of a call.
-        host: What was measured, and with how many threads.
+        batches: The batch sizes of the prices of weights, which are interpolated between them.
+        prices: For each of `"dense"`, `"unstructured"`, `"4x1"` and `"16x1"`, its `Price`.
+        convolution: For each weight and pixel of a dense convolution larger than 1×1.
+        patches: For each number of the patches into which the sparse one copies its input.
+        host: What was measured.
     """
 
     batches: tuple[int, ...]
-    per_weight: dict[str, tuple[float, ...]]
+    prices: dict[str, Price]
     convolution: float
-    move: float
     patches: float
-    call: float
     host: str
 
     def predict(self, kernel: str, batch: int, shape: tuple[int, int], stored: int) -> float:
@@ -65,35 +75,38 @@ class Costs:
         >>> dense > costs.predict("unstructured", 64, (2048, 2048), 2048 * 2048 // 20)
         True
         """
-        prices = np.log(self.per_weight[kernel])
-        price = math.exp(np.interp(math.log(max(batch, 1)), np.log(self.batches), prices))
-        moved = 0 if kernel == "dense" else sum(shape) * self.move
-        return 1e-9 * (self.call + batch * (stored * price + moved))
+        price = self.prices[kernel]
+        weight = float(np.interp(np.log(max(batch, 1)), np.log(self.batches), price.weight))
+        return 1e-9 * (price.call + batch * (stored * weight + sum(shape) * price.move))
 
     def convolve(self, pixels: int, kernel) -> float:
         """Returns the seconds of a dense convolution with a kernel of that shape, larger than 1×1."""
-        return 1e-9 * (self.call + pixels * math.prod(kernel) * self.convolution)
+        return 1e-9 * (self.prices["dense"].call + pixels * math.prod(kernel) * self.convolution)
 
     def unroll(self, pixels: int, width: int) -> float:
         """Returns the seconds of copying `width` numbers for each pixel together, see `_conv.py`."""
-        return 1e-9 * (self.call + pixels * width * self.patches)
+        return 1e-9 * (self.prices["dense"].call + pixels * width * self.patches)
 
     @property
     def table(self) -> Table:
-        """Prices in picoseconds, and the sparsity from which the unstructured kernel wins."""
+        """The prices of weights, and the sparsity from which sparse products are faster."""
         rows = [
-            (kernel, *(1000 * price for price in prices))
-            for kernel, prices in self.per_weight.items()
+            (f"{kernel}, ps per weight", *(1000 * weight for weight in price.weight))
+            for kernel, price in self.prices.items()
         ]
-        rows.append(("break-even", *(f"{self.break_even(batch):.0%}" for batch in self.batches)))
+        for kernel in [kernel for kernel in self.prices if kernel != "dense"]:
+            breaks = (f"{self.break_even(batch, kernel):.0%}" for batch in self.batches)
+            rows.append((f"{kernel}, break-even", *breaks))
+        dense, sparse = self.prices["dense"], self.prices["unstructured"]
         return Table(
-            ("ps per weight and sample", *(f"batch {batch}" for batch in self.batches)),
+            ("", *(f"batch {batch}" for batch in self.batches)),
             rows,
             title=f"costs of {self.host}",
             note=(
-                "break-even: the sparsity of a 1024 × 1024 matrix from which unstructured sparse "
-                f"products beat dense ones. Besides: {self.move:.2g} ns per input and output, "
-                f"{self.call / 1000:.2g} µs per call."
+                "ps per weight: and per sample.\nbreak-even: the sparsity from which the kernel beats "
+                "the dense one on 1024 × 1024 weights.\n"
+                f"Besides, dense and sparse: {dense.move:.2g} and {sparse.move:.2g} ns for a number in "
+                f"or out, {dense.call / 1000:.2g} and {sparse.call / 1000:.2g} µs for a call."
             ),
         )
 
@@ -115,20 +128,18 @@ class Costs:
         return self.table._repr_html_()
 
 
-# Two cores of an AVX2 x86-64 machine at about 2.5 GHz, measured by `tune`.
+# Measured by `tune` on two cores.
 _costs = Costs(
-    batches=(1, 8, 64),
-    per_weight={
-        "dense": (0.1, 0.02, 0.01),
-        "unstructured": (0.25, 0.05, 0.018),
-        "4x1": (0.2, 0.04, 0.012),
-        "16x1": (0.15, 0.035, 0.012),
+    batches=(1, 8, 32, 128, 512),
+    prices={
+        "dense": Price(3000, 0.2, (0.5, 0.15, 0.08, 0.06, 0.05)),
+        "unstructured": Price(3000, 1.0, (1.0, 0.3, 0.1, 0.09, 0.09)),
+        "4x1": Price(3000, 1.0, (0.4, 0.2, 0.09, 0.07, 0.07)),
+        "16x1": Price(3000, 1.0, (0.3, 0.2, 0.09, 0.07, 0.07)),
     },
-    convolution=0.012,
-    move=0.3,
-    patches=0.6,
-    call=5000.0,
-    host="an x86-64 machine with AVX2, 2 threads (the built-in numbers)",
+    convolution=0.05,
+    patches=1.5,
+    host="an x86-64 machine, 2 threads (the built-in numbers)",
 )
 
 

@@ -1,5 +1,7 @@
 """Measures what the kernels cost on this host."""
 
+import math
+import os
 import time
 
 import keras
@@ -10,12 +12,13 @@ from . import _choice, _op
 from ._conv import patches
 from ._matrix import SparseMatrix
 
-# One size stands for all: prices per weight depend on the batch much more than on the size.
-_SIZE = 1024
-_BATCHES = (1, 8, 32, 256)
+_BATCHES = (1, 8, 32, 128, 512)
+_SIZE, _SMALL = 1024, 64
 _DENSITY = 0.1
-# Products follow each other in one function, so that calling it from Python does not count.
-_CHAIN = 8
+# Products follow each other in one function, and what its call from Python takes is subtracted.
+_CHAIN = 4
+# All are measured in turn, many times, so that what disturbs the host for a while disturbs all.
+_ROUNDS, _SECONDS = 6, 0.03
 
 
 def tune(*, verbose: int = 1) -> _choice.Costs:
@@ -46,50 +49,55 @@ def tune(*, verbose: int = 1) -> _choice.Costs:
         raise RuntimeError(
             "tune measures the kernels of the compiled op, and there is none in this installation."
         )
-    bar = keras.utils.Progbar(
-        len(_choice.FORMATS) * len(_BATCHES) + 4, verbose=int(bool(verbose)), unit_name="measure"
-    )
     rng = np.random.default_rng(0)
-
-    def seconds(function, *shape):
-        bar.add(1)
-        return _seconds(function, tf.constant(rng.normal(size=shape).astype(np.float32)))
-
-    call = seconds(_product(rng, "unstructured", 0.5, 16), 1, 16)
-    nothing = seconds(_product(rng, "unstructured", 0, _SIZE), _BATCHES[-1], _SIZE)
-    move = max(nothing - call, 1e-9) / (_BATCHES[-1] * 2 * _SIZE)
-    prices = {}
+    image, kernel = (4, 28, 28, 64), rng.normal(size=(3, 3, 64, 64)).astype(np.float32) / 24
+    taps = math.prod(image) * 9
+    jobs = {
+        "nothing": (lambda x: x, (1, 16)),
+        "convolution": (lambda x: tf.nn.conv2d(x, kernel, 1, "SAME"), image),
+        "patches": (lambda x: patches(x, (3, 3), (1, 1), (1, 1), "same")[..., :64], image),
+        "dense call": (_product(rng, "dense", 1, 16), (1, 16)),
+        "sparse call": (_product(rng, "unstructured", 1, 16), (1, 16)),
+        "small": (_product(rng, "dense", 1, _SMALL), (_BATCHES[-1], _SMALL)),
+        "empty": (_product(rng, "unstructured", 0, _SIZE), (_BATCHES[-1], _SIZE)),
+    }
     for format in _choice.FORMATS:
-        density = 1 if format == "dense" else _DENSITY
-        product = _product(rng, format, density, _SIZE)
-        prices[format] = []
-        for batch in _BATCHES:
-            whole = seconds(product, batch, _SIZE)
-            fixed = call + (0 if format == "dense" else batch * 2 * _SIZE * move)
-            # What moving costs a small batch is not known exactly; weights do not come for free.
-            rest = max(whole - fixed, whole / 4)
-            prices[format].append(1e9 * rest / (batch * density * _SIZE**2))
-
-    image, channels = (4, 28, 28, 64), 64
-    kernel = tf.constant(rng.normal(size=(3, 3, channels, channels)).astype(np.float32) / 24)
-    pixels = np.prod(image[:-1])
-    convolution = seconds(lambda x: tf.nn.conv2d(x, kernel, 1, "SAME"), *image)
-    unrolled = seconds(
-        lambda x: patches(x, (3, 3), (1, 1), (1, 1), "same")[..., 4 * channels : 5 * channels],
-        *image,
-    )
-    threads = tf.config.threading.get_intra_op_parallelism_threads() or "all"
+        product = _product(rng, format, 1 if format == "dense" else _DENSITY, _SIZE)
+        jobs.update({(format, batch): (product, (batch, _SIZE)) for batch in _BATCHES})
+    times = _nanoseconds(jobs, rng, verbose)
     costs = _choice.Costs(
         batches=_BATCHES,
-        per_weight={format: tuple(price) for format, price in prices.items()},
-        convolution=1e9 * convolution / (pixels * 9 * channels**2),
-        move=1e9 * move,
-        patches=1e9 * unrolled / (pixels * 9 * channels),
-        call=1e9 * call,
-        host=f"this host, measured with {_op.isa()} kernels and {threads} threads",
+        prices={format: _price(format, times) for format in _choice.FORMATS},
+        convolution=times["convolution"] / (taps * 64),
+        patches=times["patches"] / taps,
+        host=f"this host, measured with {_op.isa()} kernels on {_threads()} threads",
     )
     _choice.use(costs)
     return costs
+
+
+def _price(format, times) -> _choice.Price:
+    """Takes the times apart into the three that the model of costs adds up."""
+    most = _BATCHES[-1]
+    if format == "dense":
+        call, stored = times["dense call"], _SIZE**2
+        weight = (times["dense", most] - call) / (most * stored)  # where moving does not count
+        moving, moved = times["small"] - call - most * _SMALL**2 * weight, 2 * _SMALL * most
+    else:
+        call, stored = times["sparse call"], _DENSITY * _SIZE**2
+        moving, moved = times["empty"] - call, 2 * _SIZE * most
+    move = max(moving, 0) / moved
+    weights = []
+    for batch in _BATCHES:
+        whole = times[format, batch]
+        # Of small batches it is not known exactly what is moved; weights do not come for free.
+        rest = max(whole - call - batch * 2 * _SIZE * move, whole / 4)
+        weights.append(rest / (batch * stored))
+    return _choice.Price(call, move, tuple(weights))
+
+
+def _threads() -> int:
+    return tf.config.threading.get_intra_op_parallelism_threads() or len(os.sched_getaffinity(0))
 
 
 def _product(rng, format, density, size):
@@ -101,20 +109,34 @@ def _product(rng, format, density, size):
     return lambda x: matrix._multiply(x, None, "linear")
 
 
-def _seconds(function, x) -> float:
-    """The time of one call, of a chain of them: the median of calls for a fifth of a second."""
+def _nanoseconds(jobs, rng, verbose) -> dict:
+    """The time of a call of each job `(function, shape)`, as it is when nothing else disturbs it."""
+    chains = {}
+    for name, (function, shape) in jobs.items():
+        x = tf.constant(rng.normal(size=shape).astype(np.float32))
+        chains[name] = (_chain(function), x)
+        chains[name][0](x)  # is traced
+    bar = keras.utils.Progbar(_ROUNDS * len(jobs), verbose=int(bool(verbose)), unit_name="timing")
+    times = {name: [] for name in jobs}
+    for _ in range(_ROUNDS):
+        for name, (chain, x) in chains.items():
+            start = end = time.perf_counter()
+            while end - start < _SECONDS:
+                begin = end
+                chain(x)
+                end = time.perf_counter()
+                times[name].append(end - begin)
+            bar.add(1)
+    fastest = {name: 1e9 * float(np.quantile(t, 0.1)) for name, t in times.items()}
+    called = fastest.pop("nothing")
+    return {name: max(t - called, t / 100) / _CHAIN for name, t in fastest.items()}
 
-    @tf.function
+
+def _chain(function):
+    @tf.function(autograph=False)
     def chain(x):
         for _ in range(_CHAIN):
             x = function(x)
         return x
 
-    chain(x)
-    times = []
-    start = time.perf_counter()
-    while len(times) < 5 or time.perf_counter() - start < 0.2:
-        begin = time.perf_counter()
-        chain(x)
-        times.append(time.perf_counter() - begin)
-    return float(np.median(times)) / _CHAIN
+    return chain

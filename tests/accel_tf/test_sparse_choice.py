@@ -10,16 +10,14 @@ from accel_tf.sparse import _choice
 
 COSTS = _choice.Costs(
     batches=(1, 10, 100),
-    per_weight={
-        "dense": (1.0, 0.1, 0.1),
-        "unstructured": (4.0, 0.4, 0.2),
-        "4x1": (3.0, 0.3, 0.1),
-        "16x1": (2.0, 0.3, 0.15),
+    prices={
+        "dense": _choice.Price(1000.0, 0.1, (1.0, 0.1, 0.1)),
+        "unstructured": _choice.Price(1500.0, 0.5, (4.0, 0.4, 0.2)),
+        "4x1": _choice.Price(1500.0, 0.5, (3.0, 0.3, 0.1)),
+        "16x1": _choice.Price(1500.0, 0.5, (2.0, 0.3, 0.15)),
     },
     convolution=0.2,
-    move=0.5,
     patches=2.0,
-    call=1000.0,
     host="a made-up host",
 )
 
@@ -31,14 +29,14 @@ def costs(monkeypatch):
 
 
 def test_prediction():
-    assert COSTS.predict("dense", 10, (20, 30), 600) == pytest.approx(1e-9 * (1000 + 600))
-    assert COSTS.predict("unstructured", 10, (20, 30), 60) == pytest.approx(
-        1e-9 * (1000 + 10 * (60 * 0.4 + 50 * 0.5))
-    )
-    # Between batches prices are interpolated on logarithmic axes; beyond, they are the last one.
-    middle = COSTS.predict("dense", 3, (1000, 1000), 10**6) / 3
-    assert 0.3e-3 < middle < 0.36e-3
-    assert COSTS.predict("4x1", 10**4, (0, 0), 100) == pytest.approx(1e-9 * (1000 + 10**5))
+    dense = COSTS.predict("dense", 10, (20, 30), 600)
+    assert dense == pytest.approx(1e-9 * (1000 + 10 * (600 * 0.1 + 50 * 0.1)))
+    sparse = COSTS.predict("unstructured", 10, (20, 30), 60)
+    assert sparse == pytest.approx(1e-9 * (1500 + 10 * (60 * 0.4 + 50 * 0.5)))
+    # Between batches prices are interpolated by the logarithm; beyond, they are the last one.
+    between = COSTS.predict("4x1", 10**0.5, (0, 0), 10**6)
+    assert between == pytest.approx(1e-9 * (1500 + 10**0.5 * 10**6 * 1.65))
+    assert COSTS.predict("4x1", 10**4, (0, 0), 100) == pytest.approx(1e-9 * (1500 + 10**5))
     assert COSTS.convolve(7, (3, 3, 4, 5)) == pytest.approx(1e-9 * (1000 + 7 * 180 * 0.2))
     assert COSTS.unroll(7, 36) == pytest.approx(1e-9 * (1000 + 7 * 36 * 2))
 
@@ -81,10 +79,9 @@ def test_choice_follows_costs(costs):
 def test_dense_is_left_by_a_margin_only(costs, monkeypatch):
     """A gain of a few percent is within the error of the prediction."""
     w = np.ones((64, 64))
-    price = 0.1 * 4096 / (4096 + 128 * 0.5 / 0.1)  # as fast as dense at batch 100
-    for factor, format in [(1.02, "dense"), (0.98, "dense"), (0.8, "unstructured")]:
-        prices = {**COSTS.per_weight, "unstructured": (price * factor,) * 3}
-        monkeypatch.setattr(_choice, "_costs", dataclasses.replace(COSTS, per_weight=prices))
+    for price, format in [(0.101, "dense"), (0.095, "dense"), (0.08, "unstructured")]:
+        prices = {**COSTS.prices, "unstructured": _choice.Price(1000, 0.1, (price,) * 3)}
+        monkeypatch.setattr(_choice, "_costs", dataclasses.replace(COSTS, prices=prices))
         pattern = at.SparseMatrix.from_dense(w)._pattern
         assert pattern.choose(100, formats=("dense", "unstructured")).format == format
 
@@ -92,14 +89,15 @@ def test_dense_is_left_by_a_margin_only(costs, monkeypatch):
 def test_tune_measures_this_host(monkeypatch, capsys):
     monkeypatch.setattr(_choice, "_costs", COSTS)  # restores the built-in ones afterwards
     measured = at.sparse.tune()
-    assert "measure" in capsys.readouterr().out
+    assert "timing" in capsys.readouterr().out
     assert at.sparse.costs() is measured and at.sparse.isa() in measured.host
-    for prices in measured.per_weight.values():
-        assert len(prices) == len(measured.batches)
-        assert all(1e-4 < price < 100 for price in prices)
-        assert prices[-1] < prices[0]  # weights are read once per batch
+    for price in measured.prices.values():
+        assert len(price.weight) == len(measured.batches)
+        assert all(1e-4 < weight < 100 for weight in price.weight)
+        assert price.weight[-1] < price.weight[0]  # weights are read once per batch
+        assert price.call > 0 and price.move >= 0
     assert measured.break_even(64) < 0.95
-    assert all(value > 0 for value in (measured.move, measured.patches, measured.call))
+    assert measured.convolution > 0 and measured.patches > 0
 
 
 def test_tune_needs_the_op(monkeypatch):

@@ -298,15 +298,23 @@ def test_weights_of_another_pattern_are_refused(tmp_path):
         other.load_weights(tmp_path / "w.weights.h5")
 
 
-def test_keras_does_not_compile_it_with_xla_unless_it_can():
-    model = model_of("dense")
-    if at.SparseDense(3).supports_jit:
-        model.compile("adam", "mse", jit_compile=True)
-    else:
-        with pytest.warns(UserWarning, match="doesn't support `jit_compile=True`"):
-            model.compile("adam", "mse", jit_compile=True)
-    assert model.jit_compile == at.SparseDense(3).supports_jit
-    model.fit(*batch_of(model), verbose=0)
+@pytest.mark.parametrize("kind", ["conv 3×3", "attention", "partial blocks"])
+def test_compiled_by_xla(kind):
+    model = model_of(kind)
+    assert all(layer.supports_jit for _, layer in at.layers.walk(model))
+    x, y = batch_of(model)
+    want = model.predict(x, verbose=0)
+    weights = model.get_weights()
+    trained = {}
+    for jit_compile in (False, True):
+        model.set_weights(weights)
+        model.compile(keras.optimizers.SGD(0.1), "mse", jit_compile=jit_compile)
+        assert model.jit_compile == jit_compile
+        np.testing.assert_allclose(model.predict(x, verbose=0), want, rtol=1e-4, atol=1e-4)
+        model.fit(x, y, verbose=0)
+        trained[jit_compile] = model.get_weights()
+    for a, b in zip(*trained.values(), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
 def test_two_replicas_train_as_one():

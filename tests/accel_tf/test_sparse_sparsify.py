@@ -115,8 +115,9 @@ def test_by_itself_sparsify_takes_what_is_predicted_to_be_fastest():
 
 def test_the_batch_size_and_the_costs_decide(monkeypatch):
     costs = at.sparse.costs()
-    prices = {**costs.per_weight, "dense": (9.0, *costs.per_weight["dense"][1:])}
-    monkeypatch.setattr(at.sparse._choice, "_costs", dataclasses.replace(costs, per_weight=prices))
+    dense = costs.prices["dense"]
+    prices = {**costs.prices, "dense": dense._replace(weight=(9.0, *dense.weight[1:]))}
+    monkeypatch.setattr(at.sparse._choice, "_costs", dataclasses.replace(costs, prices=prices))
     model = wide(0.2)
     assert at.report_of(at.sparsify(model, batch_size=1)).done
     assert not at.report_of(at.sparsify(model, batch_size=512)).done
