@@ -77,7 +77,7 @@ def _dense(a):
 
 
 def _ours(a, format, int8=False):
-    matrix = at.SparseMatrix.from_dense(a.toarray().T, format=format)
+    matrix = at.SparseMatrix(a.indptr, a.indices, a.data, a.shape[::-1], format=format)
     matrix = matrix.quantize() if int8 else matrix
     return lambda x: at.sparse_matmul(x, matrix)
 

@@ -192,7 +192,7 @@ def table(title: str, records: list[dict], limits) -> Table:
 def call_costs(budget) -> Table:
     """What a program pays on top, each time that it calls from Python."""
     x, small = tf.ones((1, 2048)), tf.ones((1, 16))
-    matrix = at.SparseMatrix.from_dense(np.eye(16))
+    matrix = at.SparseMatrix.from_dense(np.eye(16), format="unstructured")
     identity = tf.function(tf.identity, autograph=False)
     product = tf.function(lambda x: at.sparse_matmul(x, matrix), autograph=False)
     calls = {
