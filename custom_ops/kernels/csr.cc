@@ -1,4 +1,4 @@
-// Checks and transposes CSR matrices.
+// Checks CSR matrices.
 #include "kernels/csr.h"
 
 #include <algorithm>
@@ -57,24 +57,6 @@ std::string Check(const Csr& matrix, const ParallelFor& parallel_for) {
     }
   });
   return fault;
-}
-
-Csr Transpose(const Csr& matrix, int64_t* row_pointers, int32_t* columns, float* values) {
-  // A counting sort by column. While placing, row_pointers[k] is the next free place of row k; it
-  // ends at the start of row k + 1, so the array is shifted back by one at the end.
-  std::fill(row_pointers, row_pointers + matrix.cols + 1, 0);
-  for (int64_t p = 0; p < matrix.nonzeros; ++p) ++row_pointers[matrix.columns[p] + 1];
-  for (int64_t k = 0; k < matrix.cols; ++k) row_pointers[k + 1] += row_pointers[k];
-  for (int64_t n = 0; n < matrix.rows; ++n) {
-    for (int64_t p = matrix.row_pointers[n]; p < matrix.row_pointers[n + 1]; ++p) {
-      const int64_t place = row_pointers[matrix.columns[p]]++;
-      columns[place] = static_cast<int32_t>(n);
-      values[place] = matrix.values[p];
-    }
-  }
-  std::copy_backward(row_pointers, row_pointers + matrix.cols, row_pointers + matrix.cols + 1);
-  row_pointers[0] = 0;
-  return {matrix.cols, matrix.rows, matrix.nonzeros, row_pointers, columns, values};
 }
 
 }  // namespace accel_tf

@@ -1,5 +1,5 @@
-// The sparse matrix that every kernel reads: compressed sparse rows, and the check that makes it
-// safe.
+// The matrices of the sparse × sparse product: compressed sparse rows, and the check that makes
+// them safe.
 #pragma once
 
 #include <cstdint>
@@ -30,10 +30,5 @@ std::string CheckColumns(const Csr& matrix, int64_t begin, int64_t end);
 
 // Returns CheckRowPointers, then CheckColumns over all threads; the first fault by position.
 std::string Check(const Csr& matrix, const ParallelFor& parallel_for);
-
-// Writes the transpose of a checked `matrix` into caller-owned arrays of cols + 1, nonzeros and
-// nonzeros elements, and returns a view of them. Stable: within a row, columns ascend, so that the
-// sums made from it do not depend on the number of threads.
-Csr Transpose(const Csr& matrix, int64_t* row_pointers, int32_t* columns, float* values);
 
 }  // namespace accel_tf

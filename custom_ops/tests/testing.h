@@ -2,10 +2,12 @@
 // and ways to spread work over threads that differ as much as they may.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -25,6 +27,10 @@ inline int failures = 0;
     }                                                             \
   } while (false)
 
+inline void ExpectFault(const std::string& got, const std::string& want) {
+  EXPECT(got == want, "\"%s\", not \"%s\"", got.c_str(), want.c_str());
+}
+
 // `size` elements that begin `offset` elements after an aligned address, and end where the heap
 // block ends: AddressSanitizer sees one element too many.
 template <class T>
@@ -41,6 +47,13 @@ class Array {
   std::unique_ptr<T[]> block_;
 };
 
+template <class T>
+Array<T> Copy(const std::vector<T>& from, int offset) {
+  Array<T> copy(static_cast<int64_t>(from.size()), offset);
+  std::copy(from.begin(), from.end(), copy.data());
+  return copy;
+}
+
 inline void Serial(int64_t total, int64_t, const Work& work) {
   if (total > 0) work(0, total);
 }
@@ -53,10 +66,11 @@ inline void OneByOneBackwards(int64_t total, int64_t, const Work& work) {
 inline ParallelFor Threads(int count) {
   return [count](int64_t total, int64_t, const Work& work) {
     std::vector<std::thread> threads;
-    for (int t = 0; t < count; ++t) {
+    for (int t = 1; t < count; ++t) {
       const int64_t begin = total * t / count, end = total * (t + 1) / count;
       if (begin < end) threads.emplace_back(work, begin, end);
     }
+    Serial(total / count, 0, work);
     for (std::thread& thread : threads) thread.join();
   };
 }
