@@ -19,7 +19,7 @@ template <class Value>
 inline SliceView<Value> ViewSlice(const Sliced& w, const Value* values, int64_t s) {
   const int64_t first = w.step_starts[s];
   return {w.step_starts[s + 1] - first, values + first * w.height,
-          w.columns + first * w.columns_per_step(), w.slice_rows + s * w.height};
+          w.columns + first * (w.shared ? 1 : w.height), w.slice_rows + s * w.height};
 }
 
 // Four columns in one register: one load instead of four.
