@@ -52,7 +52,10 @@ def campaign(library, calls, seed, problem, spoilers):
         pattern = spoil(arguments, rng)
         try:
             getattr(library, op)(
-                **{k: v if isinstance(v, int) else tf.constant(v) for k, v in arguments.items()}
+                **{
+                    k: v if isinstance(v, int | str) else tf.constant(v)
+                    for k, v in arguments.items()
+                }
             )
         except tf.errors.InvalidArgumentError as error:
             if not re.search(pattern, error.message):

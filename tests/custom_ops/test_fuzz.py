@@ -1,4 +1,4 @@
-"""Thousands of malformed calls of the ops under AddressSanitizer: an error each, and no report."""
+"""Malformed calls of the ops under AddressSanitizer: an error each that says why, and no report."""
 
 import re
 import sys
@@ -8,7 +8,7 @@ import pytest
 from .conftest import ROOT, run, succeed
 
 
-@pytest.mark.parametrize("script, calls", [("fuzz_op.py", 20_000), ("fuzz_gustavson.py", 5_000)])
+@pytest.mark.parametrize("script, calls", [("fuzz_op.py", 16_000), ("fuzz_gustavson.py", 5_000)])
 def test_malformed_calls(address_sanitized_op, script, calls):
     library = address_sanitized_op / "_accel_tf_ops.so"
     assert b"__asan_report_load" in library.read_bytes(), "the op is not instrumented"
@@ -28,3 +28,6 @@ def test_malformed_calls(address_sanitized_op, script, calls):
         r"(\d+) malformed calls refused, (\d+) valid ones right", result.stdout
     ).groups()
     assert int(refused) >= calls and int(valid) > calls / 50
+    if script == "fuzz_op.py":  # and a quarter as many of nonsense that may pass
+        accepted, _ = re.search(r"nonsense: (\d+) accepted, (\d+) refused", result.stdout).groups()
+        assert int(accepted) > calls / 20
