@@ -30,6 +30,9 @@ struct Epilogue {
 struct Kernels {
   const char* name;
 
+  // The largest of columns[0, count); 0 if there are none.
+  uint16_t (*largest_column)(const uint16_t* columns, int64_t count);
+
   // packed[i, b] = x[b * stride + i] for i in [0, count), b in [0, batch); zeros up to [slots,
   // width].
   void (*pack)(const float* x, int64_t stride, int64_t batch, int64_t count, int64_t slots,

@@ -127,16 +127,11 @@ std::string ReadPlan(const int32_t* plan, int64_t plan_size, const uint16_t* col
 }
 
 std::string CheckColumns(const Sliced& m, int64_t chunk) {
-  const int64_t first = m.step_starts[m.slice_starts[chunk * m.tiles]];
-  const int64_t last = m.step_starts[m.slice_starts[(chunk + 1) * m.tiles]];
-  const int64_t begin = first * m.columns_per_step(), end = last * m.columns_per_step();
-  const uint16_t limit = static_cast<uint16_t>(m.tile);
-  uint16_t outside = 0;
-  for (int64_t p = begin; p < end; ++p) outside |= m.columns[p] > limit;
-  if (!outside) return "";
-  int64_t p = begin;
-  while (m.columns[p] <= limit) ++p;
-  return At("columns", p, m.columns[p], Range(0, limit));
+  const int64_t end = m.columns_before(chunk + 1);
+  for (int64_t p = m.columns_before(chunk); p < end; ++p) {
+    if (m.columns[p] > m.tile) return At("columns", p, m.columns[p], Range(0, m.tile));
+  }
+  return "";
 }
 
 }  // namespace accel_tf

@@ -50,6 +50,10 @@ struct Sliced {
 
   int64_t steps() const { return step_starts[slices]; }
   int64_t columns_per_step() const { return shared ? 1 : height; }
+  // The number of columns before those of `chunk`.
+  int64_t columns_before(int64_t chunk) const {
+    return step_starts[slice_starts[chunk * tiles]] * columns_per_step();
+  }
   int64_t rows_of(int64_t chunk) const { return chunk_rows[chunk + 1] - chunk_rows[chunk]; }
 };
 

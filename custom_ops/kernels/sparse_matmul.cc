@@ -3,9 +3,13 @@
 #include "kernels/sparse_matmul.h"
 
 #include <algorithm>
+#include <atomic>
+#include <cstddef>
 #include <functional>
 #include <limits>
 #include <mutex>
+#include <new>
+#include <vector>
 
 namespace accel_tf {
 namespace {
@@ -75,9 +79,14 @@ void PackAll(const Kernels& kernels, const float* x, int64_t stride, const Batch
 // Remembers the fault of the lowest chunk, whichever thread finds it first.
 class Faults {
  public:
-  // Whether `chunk` is sound.
-  bool Check(const Sliced& w, int64_t chunk) {
-    std::string fault = CheckColumns(w, chunk);
+  bool Check(const Kernels& kernels, const Sliced& w, int64_t chunk) {
+    const int64_t begin = w.columns_before(chunk), count = w.columns_before(chunk + 1) - begin;
+    if (kernels.largest_column(w.columns + begin, count) <= w.tile) return true;
+    return Add(chunk, CheckColumns(w, chunk));
+  }
+
+  // Whether `fault` of `chunk` is none.
+  bool Add(int64_t chunk, std::string fault) {
     if (fault.empty()) return true;
     std::lock_guard<std::mutex> lock(mutex_);
     if (chunk < chunk_) {
@@ -94,11 +103,12 @@ class Faults {
   std::string fault_;
 };
 
-std::string CheckAllColumns(const Sliced& w, const ParallelFor& parallel_for) {
+std::string CheckAllColumns(const Kernels& kernels, const Sliced& w,
+                            const ParallelFor& parallel_for) {
   Faults faults;
   parallel_for(w.chunks, w.steps() / std::max<int64_t>(w.chunks, 1) / 4 + 1,
                [&](int64_t begin, int64_t end) {
-                 for (int64_t c = begin; c < end; ++c) faults.Check(w, c);
+                 for (int64_t c = begin; c < end; ++c) faults.Check(kernels, w, c);
                });
   return faults.first();
 }
@@ -109,79 +119,112 @@ int64_t Cost(const Sliced& w, int64_t parts, int64_t batch_rows) {
   return values * std::max<int64_t>(batch_rows / 16, 1) + w.rows;
 }
 
+// Fetches what will be written when the sums are done. The rows of y lie far apart, and are not in
+// the cache: written without notice, each would be waited for.
+void PrefetchForWriting(const float* y, int64_t stride, int64_t rows, int64_t count) {
+  constexpr int64_t kLine = 16;
+  for (int64_t b = 0; b < rows; ++b) {
+    for (int64_t i = 0; i < count; i += kLine) __builtin_prefetch(y + b * stride + i, 1);
+  }
+}
+
 Epilogue OfRows(Epilogue epilogue, int64_t first) {
   if (epilogue.scales != nullptr) epilogue.scales += first;
   if (epilogue.bias != nullptr) epilogue.bias += first;
   return epilogue;
 }
 
-// A single batch row is not packed, only copied tile by tile, each with its zero.
-std::string MultiplyRow(const Kernels& kernels, const Sliced& w, const float* x,
-                        const Epilogue& epilogue, float* y, float* scratch,
-                        const ParallelFor& parallel_for) {
-  const Axis columns = Columns(w);
-  for (int64_t t = 0; t < w.tiles; ++t) {
-    const int64_t count = std::min(w.tile, w.cols - t * w.tile);
-    float* tile = scratch + columns.slot(t);
-    std::copy_n(x + t * w.tile, count, tile);
-    std::fill(tile + count, tile + w.tile + 1, 0.0f);
-  }
-  Faults faults;
-  parallel_for(w.chunks, Cost(w, w.chunks, 1), [&](int64_t begin, int64_t end) {
-    float sums[kMaxChunkRows + 1];
-    for (int64_t c = begin; c < end; ++c) {
-      if (!faults.Check(w, c)) continue;
-      const int64_t first = w.chunk_rows[c], rows = w.rows_of(c);
-      std::fill(sums, sums + rows + 1, 0.0f);
-      for (int64_t t = 0; t < w.tiles; ++t) {
-        const int32_t* slices = w.slice_starts + c * w.tiles + t;
-        kernels.multiply_vector(w, slices[0], slices[1], scratch + columns.slot(t), sums);
-      }
-      kernels.unpack(sums, rows, 1, 1, OfRows(epilogue, first), y + first, w.rows);
+// The activations of one tile of the batch, packed by the thread that multiplies them: that takes a
+// thread a few per cent of the time of the product, and less than waiting until others have done
+// it, or than touching fresh memory. A thread keeps the memory for its next product.
+class PackedTile {
+ public:
+  // Returns tile t of `x`, packed; at once if that is what the thread packed last in this `call`.
+  // Returns null where there is not so much memory.
+  const float* Get(int64_t call, const Kernels& kernels, const Sliced& w, const Axis& columns,
+                   const float* x, const Batch& batch, int64_t t) {
+    if (call == call_ && t == t_) return data();
+    // A single row is copied as it is, to be multiplied by multiply_vector.
+    const int width = batch.size == 1 ? 1 : batch.width(t);
+    const size_t size = columns.slots() * width + kAlignment;
+    call_ = -1;
+    try {
+      if (floats_.size() < size) floats_.resize(size);
+    } catch (const std::bad_alloc&) {
+      return nullptr;
     }
-  });
-  return faults.first();
-}
+    for (int64_t part = 0; part < w.tiles; ++part) {
+      const int64_t first = part * w.tile;
+      kernels.pack(x + t * kMaxWidth * w.cols + first, w.cols, batch.rows(t),
+                   std::min(w.tile, w.cols - first), w.tile + 1, width,
+                   data() + columns.slot(part) * width);
+    }
+    call_ = call;
+    t_ = t;
+    return data();
+  }
+
+  static PackedTile& OfThisThread() {
+    static thread_local PackedTile tile;
+    return tile;
+  }
+
+ private:
+  static constexpr size_t kAlignment = 16;  // floats: a cache line
+  float* data() {
+    const size_t past = reinterpret_cast<uintptr_t>(floats_.data()) / sizeof(float) % kAlignment;
+    return floats_.data() + (kAlignment - past) % kAlignment;
+  }
+
+  std::vector<float> floats_;
+  int64_t call_ = -1, t_ = -1;
+};
 
 }  // namespace
 
-int64_t MultiplyScratch(const Sliced& w, int64_t batch) {
-  return batch == 1 ? Columns(w).slots() : PackedSize(Batch{batch}.widths(), Columns(w).slots());
-}
-
 std::string Multiply(const Kernels& kernels, const Sliced& w, const float* x, int64_t batch_size,
-                     const Epilogue& epilogue, float* y, float* scratch,
-                     const ParallelFor& parallel_for) {
-  if (batch_size == 1) return MultiplyRow(kernels, w, x, epilogue, y, scratch, parallel_for);
+                     const Epilogue& epilogue, float* y, const ParallelFor& parallel_for) {
+  static std::atomic<int64_t> calls{0};
+  const int64_t call = calls.fetch_add(1);
   const Batch batch{batch_size};
   const Axis columns = Columns(w);
   // With one tile of the batch, the thread that multiplies a chunk checks it, and finds it in its
   // cache; with more, that would be done more than once.
   const bool check_as_we_go = batch.tiles() == 1;
   if (!check_as_we_go) {
-    const std::string fault = CheckAllColumns(w, parallel_for);
+    const std::string fault = CheckAllColumns(kernels, w, parallel_for);
     if (!fault.empty()) return fault;
   }
-  PackAll(kernels, x, w.cols, batch, columns, scratch, parallel_for);
   Faults faults;
-  parallel_for(batch.tiles() * w.chunks, Cost(w, w.chunks, kMaxWidth),
-               [&](int64_t begin, int64_t end) {
-                 alignas(64) float sums[(kMaxChunkRows + 1) * kMaxWidth];
-                 for (int64_t i = begin; i < end; ++i) {
-                   const int64_t t = i / w.chunks, c = i % w.chunks;
-                   if (check_as_we_go && !faults.Check(w, c)) continue;
-                   const int64_t first = w.chunk_rows[c], rows = w.rows_of(c);
-                   const int width = batch.width(t);
-                   std::fill(sums, sums + (rows + 1) * width, 0.0f);
-                   for (int64_t part = 0; part < w.tiles; ++part) {
-                     const int32_t* slices = w.slice_starts + c * w.tiles + part;
-                     kernels.multiply(w, slices[0], slices[1],
-                                      PackedAt(scratch, columns, batch, t, part), width, sums);
-                   }
-                   kernels.unpack(sums, rows, batch.rows(t), width, OfRows(epilogue, first),
-                                  y + t * kMaxWidth * w.rows + first, w.rows);
-                 }
-               });
+  const auto work = [&](int64_t begin, int64_t end) {
+    PackedTile& tile = PackedTile::OfThisThread();
+    alignas(64) float sums[(kMaxChunkRows + 1) * kMaxWidth];
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t t = i / w.chunks, c = i % w.chunks;
+      if (check_as_we_go && !faults.Check(kernels, w, c)) continue;
+      const float* packed = tile.Get(call, kernels, w, columns, x, batch, t);
+      if (packed == nullptr) {
+        faults.Add(c, "there is no memory for the packed activations of a thread");
+        return;
+      }
+      const int64_t first = w.chunk_rows[c], rows = w.rows_of(c);
+      const int width = batch_size == 1 ? 1 : batch.width(t);
+      float* out = y + t * kMaxWidth * w.rows + first;
+      PrefetchForWriting(out, w.rows, batch.rows(t), rows);
+      std::fill(sums, sums + (rows + 1) * width, 0.0f);
+      for (int64_t part = 0; part < w.tiles; ++part) {
+        const int32_t* slices = w.slice_starts + c * w.tiles + part;
+        const float* at = packed + columns.slot(part) * width;
+        if (width == 1) {
+          kernels.multiply_vector(w, slices[0], slices[1], at, sums);
+        } else {
+          kernels.multiply(w, slices[0], slices[1], at, width, sums);
+        }
+      }
+      kernels.unpack(sums, rows, batch.rows(t), width, OfRows(epilogue, first), out, w.rows);
+    }
+  };
+  parallel_for(batch.tiles() * w.chunks, Cost(w, w.chunks, batch.size == 1 ? 1 : kMaxWidth), work);
   return faults.first();
 }
 
@@ -192,7 +235,7 @@ int64_t MultiplyTransposedScratch(const Sliced& w, int64_t batch) {
 std::string MultiplyTransposed(const Kernels& kernels, const Sliced& w, const float* dy,
                                int64_t batch_size, float* dx, float* scratch,
                                const ParallelFor& parallel_for) {
-  const std::string fault = CheckAllColumns(w, parallel_for);
+  const std::string fault = CheckAllColumns(kernels, w, parallel_for);
   if (!fault.empty()) return fault;
   const Batch batch{batch_size};
   const Axis rows = Rows(w), columns = Columns(w);
@@ -236,7 +279,7 @@ std::string Sample(const Kernels& kernels, const Sliced& pattern, const float* d
       pattern.chunks, Cost(pattern, pattern.chunks, batch.size) * 2,
       [&](int64_t begin, int64_t end) {
         for (int64_t c = begin; c < end; ++c) {
-          if (!faults.Check(pattern, c)) continue;
+          if (!faults.Check(kernels, pattern, c)) continue;
           const int32_t* slices = pattern.slice_starts + c * pattern.tiles;
           std::fill(d + pattern.step_starts[slices[0]] * int64_t{pattern.height},
                     d + pattern.step_starts[slices[pattern.tiles]] * int64_t{pattern.height}, 0.0f);

@@ -14,14 +14,13 @@
 namespace accel_tf {
 
 // Each product takes a matrix from ReadPlan, and checks its columns before it uses them: it returns
-// "", or a sentence about the first chunk at fault, the output being undefined then. Each needs
-// scratch memory of as many floats as the function before it says; -1 if that does not fit int64.
+// "", or a sentence about the first chunk at fault, the output being undefined then. The gradients
+// need scratch memory of as many floats as the function before them says, or -1 if that does not
+// fit int64; the product keeps a tile of activations for each thread.
 
 // y[b, n] = epilogue of Σ_k W[n, k] · x[b, k]; x: batch × cols, y: batch × rows
-int64_t MultiplyScratch(const Sliced& w, int64_t batch);
 std::string Multiply(const Kernels& kernels, const Sliced& w, const float* x, int64_t batch,
-                     const Epilogue& epilogue, float* y, float* scratch,
-                     const ParallelFor& parallel_for);
+                     const Epilogue& epilogue, float* y, const ParallelFor& parallel_for);
 
 // dx[b, k] = Σ_n W[n, k] · dy[b, n]; dy: batch × rows, dx: batch × cols
 int64_t MultiplyTransposedScratch(const Sliced& w, int64_t batch);

@@ -134,13 +134,10 @@ class SparseMatMul : public SparseOp {
     OP_REQUIRES_OK(context, ReadMatrix(context->input(1), context->input(2), &values, &w));
     OP_REQUIRES_OK(context, ReadPerOutput("scales", context->input(4), &epilogue.scales));
     OP_REQUIRES_OK(context, ReadPerOutput("bias", context->input(5), &epilogue.bias));
-    const int64_t batch = BatchOf(x);
-    Tensor holder;
-    float *y = nullptr, *scratch = nullptr;
+    float* y = nullptr;
     OP_REQUIRES_OK(context, Output(context, x, w.rows, &y));
-    OP_REQUIRES_OK(context, Scratch(context, MultiplyScratch(w, batch), &holder, &scratch));
-    const std::string fault = Multiply(*kernels_, w, x.flat<float>().data(), batch, epilogue, y,
-                                       scratch, OnThreads(threads));
+    const std::string fault = Multiply(*kernels_, w, x.flat<float>().data(), BatchOf(x), epilogue,
+                                       y, OnThreads(threads));
     OP_REQUIRES(context, fault.empty(), Invalid(fault));
   }
 

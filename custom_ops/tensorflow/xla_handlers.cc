@@ -128,11 +128,12 @@ ffi::Error SparseMatMul(ffi::ThreadPool pool, int64_t in_features, int64_t out_f
   epilogue.activation = activation == "relu"    ? Activation::kRelu
                         : activation == "relu6" ? Activation::kRelu6
                                                 : Activation::kLinear;
-  return call.Run(pool, MultiplyScratch,
-                  [&](const Kernels& kernels, const Sliced& w, int64_t batch, float* scratch,
+  const auto no_scratch = [](const Sliced&, int64_t) { return int64_t{0}; };
+  return call.Run(pool, no_scratch,
+                  [&](const Kernels& kernels, const Sliced& w, int64_t batch, float*,
                       const ParallelFor& parallel_for) {
                     return Multiply(kernels, w, x.typed_data(), batch, epilogue, y->typed_data(),
-                                    scratch, parallel_for);
+                                    parallel_for);
                   });
 }
 

@@ -121,17 +121,16 @@ struct Problem {
   std::vector<float> Run(const Kernels& kernels, const ParallelFor& parallel_for,
                          std::string* fault) {
     Array<float> y(batch * w.rows, offset), dx(batch * w.cols, offset), d(values.size(), offset);
-    Array<float> scratch1(MultiplyScratch(w, batch), offset);
     Array<float> scratch2(MultiplyTransposedScratch(w, batch), offset);
     Array<float> scratch3(SampleScratch(w, batch), offset);
-    for (Array<float>* array : {&y, &dx, &d, &scratch1, &scratch2, &scratch3}) {
+    for (Array<float>* array : {&y, &dx, &d, &scratch2, &scratch3}) {
       std::fill_n(array->data(), array->size(), kNan);
     }
     Sliced pattern = w;
     pattern.values = nullptr;
     pattern.int8_values = nullptr;
     const std::string faults[] = {
-        Multiply(kernels, w, x.data(), batch, epilogue, y.data(), scratch1.data(), parallel_for),
+        Multiply(kernels, w, x.data(), batch, epilogue, y.data(), parallel_for),
         MultiplyTransposed(kernels, w, dy.data(), batch, dx.data(), scratch2.data(), parallel_for),
         Sample(kernels, pattern, dy.data(), x.data(), batch, d.data(), scratch3.data(),
                parallel_for)};

@@ -123,9 +123,7 @@ void TestScratch() {
   w.rows = w.cols = INT32_MAX;
   w.tile = 4096;
   w.tiles = w.chunks = 1 << 19;
-  EXPECT(MultiplyScratch(w, 1) == (int64_t{1} << 31) + (1 << 19), "of one row");
   for (const int64_t batch : {int64_t{1} << 33, int64_t{1} << 62}) {
-    EXPECT(MultiplyScratch(w, batch) == -1, "an overflow is not seen");
     EXPECT(MultiplyTransposedScratch(w, batch) == -1, "an overflow is not seen");
     EXPECT(SampleScratch(w, batch) == -1, "an overflow is not seen");
   }
