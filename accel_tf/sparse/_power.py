@@ -133,7 +133,10 @@ def matrix_power(matrix: SparseMatrix, k: int, *, dense_above: float = _DENSE_AB
             if digit == "1":
                 power = _times(power, matrix)
                 reached += 1
-        return power if isinstance(power, SparseMatrix) else SparseMatrix.from_dense(power)
+        if isinstance(power, SparseMatrix):
+            return power
+        full = tf.math.count_nonzero(power) > n**2 // 2
+        return SparseMatrix.from_dense(power, format="dense" if full else "auto")
 
 
 def propagate(matrix: SparseMatrix, x, k: int) -> tf.Tensor:
