@@ -257,7 +257,7 @@ class SparseMatrix:
             x,
             *self._pattern.tensors,
             self._packed_values,
-            _NONE if self._scales is None else self._scales,
+            _NONE if self._scales is None else self._once("scales", lambda: self._scales),
             _NONE if bias is None else bias,
             activation=activation,
             **self._pattern.layout.attributes,
@@ -339,6 +339,8 @@ def sparse_matmul(x, matrix: SparseMatrix, bias=None, activation=None) -> tf.Ten
                 f"bias must have shape ({matrix.shape[1]},) for a matrix of shape {matrix.shape}. "
                 f"Received: {bias.shape}"
             )
+    if x.dtype == tf.float32:  # as it is most of the time, and a cast to the same type takes time
+        return matrix._multiply(x, bias, activation or "linear")
     y = matrix._multiply(tf.cast(x, tf.float32), bias, activation or "linear")
     return tf.cast(y, x.dtype)
 

@@ -16,7 +16,7 @@ _BATCHES = (1, 8, 32, 128, 512)
 _SIZE, _SMALL = 1024, 64
 _DENSITY = 0.1
 # Products follow each other in one function, and what its call from Python takes is subtracted.
-_CHAIN = 4
+_CHAIN = 8
 # All are measured in turn, many times, so that what disturbs the host for a while disturbs all.
 _ROUNDS, _SECONDS = 6, 0.03
 
@@ -25,7 +25,7 @@ def tune(*, verbose: int = 1) -> _choice.Costs:
     """Measures the kernels on this host, and makes later choices of this process by them.
 
     Takes some ten seconds, in which the host should do nothing else. The built-in costs are those
-    of one machine with AVX2; measure your own where the choice matters. Nothing is written to disk:
+    of one machine with AVX-512; measure your own where the choice matters. Nothing is written to disk:
     call it again in the next process, before `sparsify`.
 
     Args:
@@ -57,7 +57,8 @@ def tune(*, verbose: int = 1) -> _choice.Costs:
         "convolution": (lambda x: tf.nn.conv2d(x, kernel, 1, "SAME"), image),
         "patches": (lambda x: patches(x, (3, 3), (1, 1), (1, 1), "same")[..., :64], image),
         "dense call": (_product(rng, "dense", 1, 16), (1, 16)),
-        "sparse call": (_product(rng, "unstructured", 1, 16), (1, 16)),
+        # Of a matrix of some size, as the plan is read, and its pieces handed out, in each call.
+        "sparse call": (_product(rng, "unstructured", 0, _SIZE), (1, _SIZE)),
         "small": (_product(rng, "dense", 1, _SMALL), (_BATCHES[-1], _SMALL)),
         "empty": (_product(rng, "unstructured", 0, _SIZE), (_BATCHES[-1], _SIZE)),
     }

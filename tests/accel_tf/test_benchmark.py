@@ -112,14 +112,16 @@ def test_flops_do_not_depend_on_zeros_or_precision():
     assert benchmark.flops(sequential((4,), layers.Dense(4))) == 32
 
 
-def test_a_sparse_layer_counts_its_nonzeros_only():
+def test_a_sparse_layer_counts_what_it_stores_only():
     model = sequential((32,), layers.Dense(16))
     kernel = model.layers[0].kernel.numpy()
     model.layers[0].kernel.assign(kernel * (np.abs(kernel) > np.quantile(np.abs(kernel), 0.9)))
-    sparse = accel_tf.sparsify(model)
+    sparse = accel_tf.sparsify(model, min_sparsity=0.8)
     nonzero = np.count_nonzero(model.layers[0].kernel)
-    assert benchmark.flops(sparse) == 2 * nonzero
-    assert benchmark.flops(sparse, np.zeros((8, 32))) == 8 * 2 * nonzero
+    stored = sparse.layers[0].values.shape[0]  # slices of four rows are as long as the longest
+    assert nonzero <= stored < 2 * nonzero
+    assert benchmark.flops(sparse) == 2 * stored
+    assert benchmark.flops(sparse, np.zeros((8, 32))) == 8 * 2 * stored
     assert benchmark.parameters(sparse).total == nonzero + 16  # positions are no parameters
     assert benchmark.parameters(model).nonzero == benchmark.parameters(sparse).nonzero == nonzero
 

@@ -298,7 +298,7 @@ def test_weights_of_another_pattern_are_refused(tmp_path):
         other.load_weights(tmp_path / "w.weights.h5")
 
 
-@pytest.mark.parametrize("kind", ["conv 3×3", "attention", "partial blocks"])
+@pytest.mark.parametrize("kind", ["einsum", "partial blocks"])
 def test_compiled_by_xla(kind):
     model = model_of(kind)
     assert all(layer.supports_jit for _, layer in at.layers.walk(model))
