@@ -136,8 +136,8 @@ class SparseMatMul : public SparseOp {
     OP_REQUIRES_OK(context, ReadPerOutput("bias", context->input(5), &epilogue.bias));
     float* y = nullptr;
     OP_REQUIRES_OK(context, Output(context, x, w.rows, &y));
-    const std::string fault = Multiply(*kernels_, w, x.flat<float>().data(), BatchOf(x), epilogue,
-                                       y, OnThreads(threads));
+    const std::string fault =
+        Multiply(*kernels_, w, x.flat<float>().data(), BatchOf(x), epilogue, y, OnThreads(threads));
     OP_REQUIRES(context, fault.empty(), Invalid(fault));
   }
 
