@@ -6,29 +6,32 @@
 namespace accel_tf {
 namespace {
 
+// Both directions go through sixteen elements of a batch row at a time, which are one cache line.
+// Batch rows often lie a power of two apart, where all of them fall into the same few places of the
+// cache: what is not read or written at once is not there any more for the second half.
+constexpr int64_t kLine = 16;
+
 template <class Vec>
 void Pack(const float* x, int64_t stride, int64_t batch, int64_t count, int64_t slots, int width,
           float* packed) {
   constexpr int kBlock = Vec::kBlock;
-  const int64_t full = count - count % kBlock;
-  int64_t b = 0;
-  for (; b + kBlock <= batch; b += kBlock) {
-    for (int64_t i = 0; i < full; i += kBlock) {
-      typename Vec::Block block[kBlock];
-      for (int j = 0; j < kBlock; ++j) block[j] = Vec::LoadBlock(x + (b + j) * stride + i);
-      Vec::Transpose(block);
-      for (int j = 0; j < kBlock; ++j) Vec::StoreBlock(packed + (i + j) * width + b, block[j]);
-    }
-    for (int64_t i = full; i < count; ++i) {
-      for (int j = 0; j < kBlock; ++j) packed[i * width + b + j] = x[(b + j) * stride + i];
+  const int64_t rows = batch - batch % kBlock, full = count - count % kLine;
+  for (int64_t i = 0; i < full; i += kLine) {
+    for (int64_t b = 0; b < rows; b += kBlock) {
+      for (int64_t k = i; k < i + kLine; k += kBlock) {
+        typename Vec::Block block[kBlock];
+        for (int j = 0; j < kBlock; ++j) block[j] = Vec::LoadBlock(x + (b + j) * stride + k);
+        Vec::Transpose(block);
+        for (int j = 0; j < kBlock; ++j) Vec::StoreBlock(packed + (k + j) * width + b, block[j]);
+      }
     }
   }
-  for (; b < batch; ++b) {
-    for (int64_t i = 0; i < count; ++i) packed[i * width + b] = x[b * stride + i];
+  for (int64_t b = 0; b < batch; ++b) {
+    for (int64_t i = b < rows ? full : 0; i < count; ++i) packed[i * width + b] = x[b * stride + i];
   }
   if (batch < width) {
     for (int64_t i = 0; i < count; ++i) {
-      for (int64_t j = batch; j < width; ++j) packed[i * width + j] = 0.0f;
+      for (int64_t b = batch; b < width; ++b) packed[i * width + b] = 0.0f;
     }
   }
   for (int64_t i = count * width; i < slots * width; ++i) packed[i] = 0.0f;
@@ -63,19 +66,22 @@ template <class Vec>
 void Unpack(const float* packed, int64_t count, int64_t batch, int width, const Epilogue& epilogue,
             float* y, int64_t stride) {
   constexpr int kBlock = Vec::kBlock;
-  const int64_t rows = count - count % kBlock, columns = batch - batch % kBlock;
-  for (int64_t b = 0; b < columns; b += kBlock) {
-    for (int64_t i = 0; i < rows; i += kBlock) {
-      typename Vec::Block block[kBlock];
-      for (int j = 0; j < kBlock; ++j) {
-        block[j] = FinishBlock<Vec>(Vec::LoadBlock(packed + (i + j) * width + b), i + j, epilogue);
+  const int64_t rows = batch - batch % kBlock, full = count - count % kLine;
+  for (int64_t i = 0; i < full; i += kLine) {
+    for (int64_t b = 0; b < rows; b += kBlock) {
+      for (int64_t k = i; k < i + kLine; k += kBlock) {
+        typename Vec::Block block[kBlock];
+        for (int j = 0; j < kBlock; ++j) {
+          block[j] =
+              FinishBlock<Vec>(Vec::LoadBlock(packed + (k + j) * width + b), k + j, epilogue);
+        }
+        Vec::Transpose(block);
+        for (int j = 0; j < kBlock; ++j) Vec::StoreBlock(y + (b + j) * stride + k, block[j]);
       }
-      Vec::Transpose(block);
-      for (int j = 0; j < kBlock; ++j) Vec::StoreBlock(y + (b + j) * stride + i, block[j]);
     }
   }
   for (int64_t b = 0; b < batch; ++b) {
-    for (int64_t i = b < columns ? rows : 0; i < count; ++i) {
+    for (int64_t i = b < rows ? full : 0; i < count; ++i) {
       y[b * stride + i] = Finish(packed[i * width + b], i, epilogue);
     }
   }
