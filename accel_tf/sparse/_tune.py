@@ -50,12 +50,19 @@ def tune(*, verbose: int = 1) -> _choice.Costs:
             "tune measures the kernels of the compiled op, and there is none in this installation."
         )
     rng = np.random.default_rng(0)
-    image, kernel = (4, 28, 28, 64), rng.normal(size=(3, 3, 64, 64)).astype(np.float32) / 24
-    taps = math.prod(image) * 9
+    # So large that patches of it do not stay in a cache.
+    image, channels = (8, 28, 28, 128), 128
+    kernel = rng.normal(size=(3, 3, channels, channels)).astype(np.float32) / 34
+    zeros = SparseMatrix.from_dense(np.zeros((9 * channels, channels)), format="unstructured")
+    pixels = math.prod(image[:-1])
+
+    def unrolled(x):
+        return zeros._multiply(patches(x, (3, 3), (1, 1), (1, 1), "same"), None, "linear")
+
     jobs = {
         "nothing": (lambda x: x, (1, 16)),
         "convolution": (lambda x: tf.nn.conv2d(x, kernel, 1, "SAME"), image),
-        "patches": (lambda x: patches(x, (3, 3), (1, 1), (1, 1), "same")[..., :64], image),
+        "patches": (unrolled, image),
         "dense call": (_product(rng, "dense", 1, 16), (1, 16)),
         # Of a matrix of some size, as the plan is read, and its pieces handed out, in each call.
         "sparse call": (_product(rng, "unstructured", 0, _SIZE), (1, _SIZE)),
@@ -66,11 +73,13 @@ def tune(*, verbose: int = 1) -> _choice.Costs:
         product = _product(rng, format, 1 if format == "dense" else _DENSITY, _SIZE)
         jobs.update({(format, batch): (product, (batch, _SIZE)) for batch in _BATCHES})
     times = _nanoseconds(jobs, rng, verbose)
+    prices = {format: _price(format, times) for format in _choice.FORMATS}
+    moving = pixels * sum(zeros.shape) * prices["unstructured"].move
     costs = _choice.Costs(
         batches=_BATCHES,
-        prices={format: _price(format, times) for format in _choice.FORMATS},
-        convolution=times["convolution"] / (taps * 64),
-        patches=times["patches"] / taps,
+        prices=prices,
+        convolution=times["convolution"] / (pixels * kernel.size),
+        patches=max(times["patches"] - moving, times["patches"] / 2) / (pixels * zeros.shape[0]),
         host=f"this host, measured with {_op.isa()} kernels on {_threads()} threads",
     )
     _choice.use(costs)

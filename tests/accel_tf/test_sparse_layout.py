@@ -5,7 +5,15 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from accel_tf.sparse._layout import HEIGHTS, coordinates, count_blocks, pack
+from accel_tf.sparse._layout import (
+    HEIGHTS,
+    Layout,
+    Sizes,
+    coordinates,
+    count_blocks,
+    empty_plan,
+    pack,
+)
 
 
 def csr(w):
@@ -109,6 +117,22 @@ def test_layout(height, shared, pattern):
         if shared:
             assert np.all(lanes[::height] % height == 0)
             assert np.all(lanes == np.minimum(np.repeat(lanes[::height], height) + np.tile(np.arange(height), end - begin), size))  # fmt: skip
+
+
+@pytest.mark.parametrize("height, shared", HEIGHTS.values())
+@pytest.mark.parametrize("shape", [(40, 600), (300, 17), (0, 5), (5, 0), (9, 1)])
+def test_room_for_a_matrix_is_a_plan_of_the_same_size_for_zeros(height, shared, shape):
+    rng = np.random.default_rng(0)
+    w = rng.random(shape) < 0.2
+    layout = pack(*csr(w), shape, height=height, shared=shared, tile=16)
+    plan = empty_plan(Sizes.of(layout), *shape, height, shared)
+    assert plan.shape == layout.plan.shape and plan.dtype == layout.plan.dtype
+    columns = np.full_like(layout.columns, plan[0])
+    empty = Layout(plan, columns, np.full_like(layout.order, -1), *shape, height, shared)
+    chunk_rows = parts(empty)[2]
+    assert np.all((np.diff(chunk_rows) >= 1) & (np.diff(chunk_rows) <= 512))
+    x = rng.normal(size=(2, shape[0]))
+    np.testing.assert_array_equal(multiply(x, empty, np.ones(layout.order.size)), 0)
 
 
 @pytest.mark.parametrize("height, shared", HEIGHTS.values())
