@@ -53,6 +53,7 @@ def test_litert(quick):
         "tf.matmul",
         *("LiteRT dense", "LiteRT 1x4", "LiteRT 1x16"),
         *("accel_tf unstructured", "accel_tf 4x1", "accel_tf 16x1"),
+        *("a call of LiteRT", "a call of TensorFlow"),
     }
 
 
