@@ -22,6 +22,8 @@ from ._layout import HEIGHTS
 FORMATS = ("dense", *HEIGHTS)
 # A sparse kernel must promise this much, as predictions of small products err that much.
 MARGIN = 1.2
+# And to save this many seconds: what a call costs varies by as much.
+LEAST_GAIN = 5e-6
 # What a batch is taken for where nothing is known of it.
 BATCH = 32
 
@@ -132,13 +134,13 @@ class Costs:
 _costs = Costs(
     batches=(1, 8, 32, 128, 512),
     prices={
-        "dense": Price(3700, 0.017, (0.104, 0.0252, 0.021, 0.0202, 0.019)),
-        "unstructured": Price(5900, 0.23, (0.368, 0.0715, 0.0333, 0.0331, 0.0331)),
-        "4x1": Price(5900, 0.23, (0.241, 0.0629, 0.0241, 0.0239, 0.0233)),
-        "16x1": Price(5900, 0.23, (0.175, 0.046, 0.0225, 0.0222, 0.0221)),
+        "dense": Price(4000, 0.354, (0.0818, 0.0156, 0.0102, 0.0092, 0.0087)),
+        "unstructured": Price(6650, 0.268, (0.173, 0.0423, 0.0174, 0.0153, 0.0145)),
+        "4x1": Price(6650, 0.268, (0.139, 0.0352, 0.012, 0.0107, 0.0105)),
+        "16x1": Price(6650, 0.268, (0.0889, 0.0287, 0.0116, 0.0106, 0.0106)),
     },
-    convolution=0.021,
-    patches=1.3,
+    convolution=0.0086,
+    patches=0.455,
     host="an x86-64 machine with AVX-512, 2 threads (the built-in numbers)",
 )
 
@@ -187,8 +189,9 @@ def choose(stored, shape, batch: int, formats=FORMATS, dense=None, extra: float 
         if format != "dense"
     }
     best = min(seconds, key=seconds.__getitem__, default="dense")
-    speedup = dense / seconds.get(best, dense)
-    if "dense" in formats and speedup < MARGIN:
+    took = seconds.get(best, dense)
+    speedup = dense / took
+    if "dense" in formats and (speedup < MARGIN or dense - took < LEAST_GAIN):
         return Choice("dense", speedup)
     return Choice(best, speedup)
 

@@ -36,12 +36,12 @@ template <class Value>
 inline void PrefetchAhead(const SliceView<Value>& slice, int64_t values_per_step,
                           int64_t columns_per_step) {
   constexpr int64_t kLine = 64, kAhead = 2048;
-  const char* values = reinterpret_cast<const char*>(slice.values) + kAhead;
-  const char* columns = reinterpret_cast<const char*>(slice.columns) + kAhead / 2;
+  const char* values = reinterpret_cast<const char*>(slice.values);
+  const char* columns = reinterpret_cast<const char*>(slice.columns);
   const int64_t value_bytes = slice.steps * values_per_step * sizeof(Value);
   const int64_t column_bytes = slice.steps * columns_per_step * sizeof(uint16_t);
-  for (int64_t i = 0; i < value_bytes; i += kLine) __builtin_prefetch(values + i);
-  for (int64_t i = 0; i < column_bytes; i += kLine) __builtin_prefetch(columns + i);
+  for (int64_t i = 0; i < value_bytes; i += kLine) __builtin_prefetch(values + kAhead + i);
+  for (int64_t i = 0; i < column_bytes; i += kLine) __builtin_prefetch(columns + kAhead / 2 + i);
 }
 
 inline int64_t Column(uint64_t four, int i) { return (four >> (16 * i)) & 0xffff; }

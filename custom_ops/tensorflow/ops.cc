@@ -67,7 +67,7 @@ x: [..., in_features], of rank one or more.
 plan: the slices of W, in the order that kernels/sliced.h describes.
 columns: the columns of its non-zeros, relative to the start of their tile.
 values: [steps * height], the weights, in the order of the slices.
-scales: [out_features] with int8 values; [0] with float values.
+scales: [out_features], or [0] for ones.
 bias: [out_features], or [0] for none.
 y: [..., out_features].
 height: the number of rows of a slice, 4 or 16.

@@ -1,6 +1,7 @@
 """sparsify: which layers of a model become sparse, and that the model stays the same function."""
 
 import dataclasses
+import re
 
 import keras
 import numpy as np
@@ -104,7 +105,10 @@ def test_by_itself_sparsify_takes_what_is_predicted_to_be_fastest():
         report = at.report_of(fast)
         if format is None:
             assert isinstance(fast.layers[0], keras.layers.Dense)
-            assert ": a sparse form would be 0." in report.skipped[0].note
+            promise = re.search(
+                r": a sparse form would be ([\d.]+)× as fast", report.skipped[0].note
+            )
+            assert float(promise[1]) < 1.2
         else:
             assert fast.layers[0].format == format
             speedup = float(report.done[0].note.split(f"{format}, ")[1].split("×")[0])
