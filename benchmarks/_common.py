@@ -30,6 +30,7 @@ def options(doc: str, name: str, threads: int = 2) -> argparse.Namespace:
     results = Path(__file__).parent / "results" / f"{name}.json"
     parser.add_argument("--output", type=Path, default=results, help="the JSON file of raw times")
     chosen = parser.parse_args()
+    tf.get_logger().setLevel("ERROR")  # many functions are traced here, each of them once
     tf.config.threading.set_intra_op_parallelism_threads(chosen.threads)
     return chosen
 

@@ -5,10 +5,10 @@
     .venv/bin/python benchmarks/sparse_matmul.py --full     # every layer at every sparsity, an hour
 
 A candidate is timed on a chain of eight products, each of which acts on what the one before gave.
-Those of TensorFlow run inside one tf.function, but for CSRSparseMatrix, which is faster outside; it,
-SciPy and MKL are called eight times. What the calls cost, a tf.function of the identity or eight tiny
-products, is measured in the same rounds and subtracted. All run in this process and take turns.
-Before anything is timed, the result of each is compared with that of the chain in double precision.
+Those of TensorFlow run inside one tf.function; SciPy and MKL are called eight times, and so is
+CSRSparseMatrix ("CSR") besides, as it is faster so. What the calls cost, a tf.function of the identity
+or eight tiny products, is measured in the same rounds and subtracted. All run in this process and take
+turns. Before anything is timed, each result is compared with that of the chain in double precision.
 """
 
 import sys
