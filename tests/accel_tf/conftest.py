@@ -13,6 +13,7 @@ import pytest
 import tensorflow as tf
 
 import accel_tf as at
+from accel_tf.sparse import _choice
 
 # MirroredStrategy needs two devices; the rest of the tests run on the first and take no notice.
 _cpu = tf.config.list_physical_devices("CPU")[0]
@@ -103,3 +104,11 @@ def _compile(model):
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
     )
+
+
+@pytest.fixture(autouse=True)
+def costs_of_this_test():
+    """`tune`, which some tests and examples call, changes the choices of the whole process."""
+    before = at.sparse.costs()
+    yield
+    _choice.use(before)
