@@ -23,7 +23,7 @@ FORMATS = ("dense", *HEIGHTS)
 # A sparse kernel must promise this much, as predictions of small products err that much.
 MARGIN = 1.2
 # And to save this many seconds: what a call costs varies by as much.
-LEAST_GAIN = 5e-6
+LEAST_GAIN = 15e-6
 # What a batch is taken for where nothing is known of it.
 BATCH = 32
 
