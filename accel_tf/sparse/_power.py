@@ -209,11 +209,11 @@ def _squarings(matrix: SparseMatrix, k: int, rows: int | None) -> int:
         pointers, columns = matrix.row_pointers.numpy(), matrix.columns.numpy()
     nnz, terms = float(columns.size), float(np.diff(pointers)[columns].sum())
     formed = below = 0.0
-    best, choice = math.inf, 0
+    best, choice = math.inf, 0  # as in `choose`, more work ahead must promise a margin
     for s in range(k.bit_length()):
         once = _seconds(nnz, n, rows)
         cost = formed + below + (k >> s) * once
-        if cost < best:
+        if cost * _choice.MARGIN < best:
             best, choice = cost, s
         below += (k >> s & 1) * once
         square = _seconds(n**2, n, rows=n)
