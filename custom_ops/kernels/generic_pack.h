@@ -6,32 +6,43 @@
 namespace accel_tf {
 namespace {
 
-// Both directions go through sixteen elements of a batch row at a time, which are one cache line.
-// Batch rows often lie a power of two apart, where all of them fall into the same few places of the
-// cache: what is not read or written at once is not there any more for the second half.
-constexpr int64_t kLine = 16;
+// Both directions go along kBlock batch rows at a time, which the processor follows and fetches
+// ahead of. Batch rows often lie a power of two apart, where all of them fall into the same few
+// places of the cache: so a block is as wide as a cache line where it can be, and each is touched
+// once.
+
+// `rows` < kBlock: those that are missing are zeros.
+template <class Vec>
+inline void LoadRows(const float* x, int64_t stride, int64_t rows, typename Vec::Block* block) {
+  if (rows >= Vec::kBlock) {
+    for (int j = 0; j < Vec::kBlock; ++j) block[j] = Vec::LoadBlock(x + j * stride);
+  } else {
+    for (int j = 0; j < Vec::kBlock; ++j) {
+      block[j] = j < rows ? Vec::LoadBlock(x + j * stride) : Vec::BroadcastBlock(0.0f);
+    }
+  }
+}
 
 template <class Vec>
 void Pack(const float* x, int64_t stride, int64_t batch, int64_t count, int64_t slots, int width,
           float* packed) {
   constexpr int kBlock = Vec::kBlock;
-  const int64_t rows = batch - batch % kBlock, full = count - count % kLine;
-  for (int64_t i = 0; i < full; i += kLine) {
-    for (int64_t b = 0; b < rows; b += kBlock) {
-      for (int64_t k = i; k < i + kLine; k += kBlock) {
+  if (width == 1) {
+    for (int64_t i = 0; i < count; ++i) packed[i] = x[i];
+  } else {
+    const int64_t full = count - count % kBlock;
+    for (int64_t b = 0; b < width; b += kBlock) {
+      for (int64_t i = 0; i < full; i += kBlock) {
         typename Vec::Block block[kBlock];
-        for (int j = 0; j < kBlock; ++j) block[j] = Vec::LoadBlock(x + (b + j) * stride + k);
+        LoadRows<Vec>(x + b * stride + i, stride, batch - b, block);
         Vec::Transpose(block);
-        for (int j = 0; j < kBlock; ++j) Vec::StoreBlock(packed + (k + j) * width + b, block[j]);
+        for (int j = 0; j < kBlock; ++j) Vec::StoreBlock(packed + (i + j) * width + b, block[j]);
       }
     }
-  }
-  for (int64_t b = 0; b < batch; ++b) {
-    for (int64_t i = b < rows ? full : 0; i < count; ++i) packed[i * width + b] = x[b * stride + i];
-  }
-  if (batch < width) {
-    for (int64_t i = 0; i < count; ++i) {
-      for (int64_t b = batch; b < width; ++b) packed[i * width + b] = 0.0f;
+    for (int64_t i = full; i < count; ++i) {
+      for (int64_t b = 0; b < width; ++b) {
+        packed[i * width + b] = b < batch ? x[b * stride + i] : 0.0f;
+      }
     }
   }
   for (int64_t i = count * width; i < slots * width; ++i) packed[i] = 0.0f;
@@ -63,25 +74,33 @@ inline typename Vec::Block FinishBlock(typename Vec::Block sum, int64_t n,
 }
 
 template <class Vec>
+inline void StoreRows(const typename Vec::Block* block, float* y, int64_t stride, int64_t rows) {
+  if (rows >= Vec::kBlock) {
+    for (int j = 0; j < Vec::kBlock; ++j) Vec::StoreBlock(y + j * stride, block[j]);
+  } else {
+    for (int j = 0; j < Vec::kBlock; ++j) {
+      if (j < rows) Vec::StoreBlock(y + j * stride, block[j]);
+    }
+  }
+}
+
+template <class Vec>
 void Unpack(const float* packed, int64_t count, int64_t batch, int width, const Epilogue& epilogue,
             float* y, int64_t stride) {
   constexpr int kBlock = Vec::kBlock;
-  const int64_t rows = batch - batch % kBlock, full = count - count % kLine;
-  for (int64_t i = 0; i < full; i += kLine) {
-    for (int64_t b = 0; b < rows; b += kBlock) {
-      for (int64_t k = i; k < i + kLine; k += kBlock) {
-        typename Vec::Block block[kBlock];
-        for (int j = 0; j < kBlock; ++j) {
-          block[j] =
-              FinishBlock<Vec>(Vec::LoadBlock(packed + (k + j) * width + b), k + j, epilogue);
-        }
-        Vec::Transpose(block);
-        for (int j = 0; j < kBlock; ++j) Vec::StoreBlock(y + (b + j) * stride + k, block[j]);
+  const int64_t full = width == 1 ? 0 : count - count % kBlock;
+  for (int64_t b = 0; b < batch; b += kBlock) {
+    for (int64_t i = 0; i < full; i += kBlock) {
+      typename Vec::Block block[kBlock];
+      for (int j = 0; j < kBlock; ++j) {
+        block[j] = FinishBlock<Vec>(Vec::LoadBlock(packed + (i + j) * width + b), i + j, epilogue);
       }
+      Vec::Transpose(block);
+      StoreRows<Vec>(block, y + b * stride + i, stride, batch - b);
     }
   }
   for (int64_t b = 0; b < batch; ++b) {
-    for (int64_t i = b < rows ? full : 0; i < count; ++i) {
+    for (int64_t i = full; i < count; ++i) {
       y[b * stride + i] = Finish(packed[i * width + b], i, epilogue);
     }
   }

@@ -26,6 +26,40 @@ struct Avx512 : X86 {
     return _mm512_permute_ps(quad, i * 0x55);
   }
 
+  using Block = Reg;
+  static constexpr int kBlock = 16;
+  static Block LoadBlock(const float* p) { return Load(p); }
+  static void StoreBlock(float* p, Block a) { Store(p, a); }
+  static Block BroadcastBlock(float value) { return _mm512_set1_ps(value); }
+  static Block AddBlock(Block a, Block b) { return Add(a, b); }
+  static Block MultiplyBlock(Block a, Block b) { return _mm512_mul_ps(a, b); }
+  static Block MaxBlock(Block a, Block b) { return _mm512_max_ps(a, b); }
+  static Block MinBlock(Block a, Block b) { return _mm512_min_ps(a, b); }
+  static void Transpose(Block (&a)[kBlock]) {
+    Block b[kBlock];
+    for (int i = 0; i < kBlock; i += 2) {
+      b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
+      b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
+    }
+    // a[i + j] has the columns j, j + 4, j + 8, j + 12 of the rows i … i + 3.
+    for (int i = 0; i < kBlock; i += 4) {
+      a[i] = _mm512_shuffle_ps(b[i], b[i + 2], 0x44);
+      a[i + 1] = _mm512_shuffle_ps(b[i], b[i + 2], 0xee);
+      a[i + 2] = _mm512_shuffle_ps(b[i + 1], b[i + 3], 0x44);
+      a[i + 3] = _mm512_shuffle_ps(b[i + 1], b[i + 3], 0xee);
+    }
+    for (int i = 0; i < 4; ++i) {
+      const Block top[2] = {_mm512_shuffle_f32x4(a[i], a[i + 4], 0x88),
+                            _mm512_shuffle_f32x4(a[i], a[i + 4], 0xdd)};
+      const Block bottom[2] = {_mm512_shuffle_f32x4(a[i + 8], a[i + 12], 0x88),
+                               _mm512_shuffle_f32x4(a[i + 8], a[i + 12], 0xdd)};
+      a[i] = _mm512_shuffle_f32x4(top[0], bottom[0], 0x88);
+      a[i + 4] = _mm512_shuffle_f32x4(top[1], bottom[1], 0x88);
+      a[i + 8] = _mm512_shuffle_f32x4(top[0], bottom[0], 0xdd);
+      a[i + 12] = _mm512_shuffle_f32x4(top[1], bottom[1], 0xdd);
+    }
+  }
+
   using X86::SumFour;
   static Four SumFour(Reg a, Reg b, Reg c, Reg d) {
     return SumFour(Halves(a), Halves(b), Halves(c), Halves(d));
