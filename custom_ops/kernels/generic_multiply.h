@@ -32,16 +32,18 @@ inline uint64_t FourColumns(const uint16_t* columns) {
 // Asks for the weights and columns that lie some slices ahead: with many matrices in a row, each
 // comes from memory, and the processor's own prefetching starts anew on every page. Asking beyond
 // the end of an array does no harm.
+constexpr int64_t kValuesAhead = 2048, kColumnsAhead = 1024;  // bytes
+
 template <class Value>
 inline void PrefetchAhead(const SliceView<Value>& slice, int64_t values_per_step,
                           int64_t columns_per_step) {
-  constexpr int64_t kLine = 64, kAhead = 2048;
+  constexpr int64_t kLine = 64;
   const char* values = reinterpret_cast<const char*>(slice.values);
   const char* columns = reinterpret_cast<const char*>(slice.columns);
   const int64_t value_bytes = slice.steps * values_per_step * sizeof(Value);
   const int64_t column_bytes = slice.steps * columns_per_step * sizeof(uint16_t);
-  for (int64_t i = 0; i < value_bytes; i += kLine) __builtin_prefetch(values + kAhead + i);
-  for (int64_t i = 0; i < column_bytes; i += kLine) __builtin_prefetch(columns + kAhead / 2 + i);
+  for (int64_t i = 0; i < value_bytes; i += kLine) __builtin_prefetch(values + kValuesAhead + i);
+  for (int64_t i = 0; i < column_bytes; i += kLine) __builtin_prefetch(columns + kColumnsAhead + i);
 }
 
 inline int64_t Column(uint64_t four, int i) { return (four >> (16 * i)) & 0xffff; }
@@ -149,6 +151,11 @@ inline void MultiplyVectorQuad(const SliceView<Value>& slice, int height, const 
   };
   int64_t p = 0;
   for (; p + kSets <= slice.steps; p += kSets) {
+    if constexpr (!kShared) {
+      // Four steps are a cache line of values: no loop of its own is needed to fetch ahead.
+      __builtin_prefetch(reinterpret_cast<const char*>(slice.values + p * 4) + kValuesAhead);
+      __builtin_prefetch(reinterpret_cast<const char*>(slice.columns + p * 4) + kColumnsAhead);
+    }
     for (int i = 0; i < kSets; ++i) step(p + i, i);
   }
   for (; p < slice.steps; ++p) step(p, 0);
@@ -162,7 +169,7 @@ void MultiplyVectorSlices(const Sliced& w, const Value* values, int64_t begin, i
                           const float* x, float* sums) {
   for (int64_t s = begin; s < end; ++s) {
     SliceView<Value> quad = ViewSlice(w, values, s);
-    PrefetchAhead(quad, kShared ? w.height : 4, kShared ? 1 : 4);
+    if constexpr (kShared) PrefetchAhead(quad, w.height, 1);
     for (int h = 0; h < w.height; h += 4, quad.values += 4, quad.rows += 4) {
       MultiplyVectorQuad<Vec, kShared>(quad, kShared ? w.height : 4, x, sums);
     }
