@@ -38,7 +38,7 @@ def weights_of(model: keras.Model, include=None, exclude=None) -> list[Weight]:
         ValueError: A selector matches no layer.
     """
     layers = [(model.name, model), *walk(model)]
-    included, excluded = _Selection(include, layers), _Selection(exclude, layers)
+    included, excluded = Selection(include, layers), Selection(exclude, layers)
     # Depth first, so that the innermost layer that has a weight is the last to claim it.
     owner = {id(v): (path, layer) for path, layer in layers for v in layer.weights}
 
@@ -81,7 +81,7 @@ def _unusual(v, layer) -> str:
     return ""
 
 
-class _Selection:
+class Selection:
     """The paths that selectors match: `named` themselves, or below one that is."""
 
     def __init__(self, selectors, layers):
