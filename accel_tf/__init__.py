@@ -25,7 +25,16 @@ _NAMES = {
     "benchmark": ("compare", "measure_latency"),
     "distribute": ("mirrored_strategy",),
     "export": ("inspect_litert",),
-    "pruning": ("ConstantSparsity", "PolynomialDecay", "Unstructured", "prune", "sparsity"),
+    "pruning": (
+        "NM",
+        "Block",
+        "Channels",
+        "ConstantSparsity",
+        "PolynomialDecay",
+        "Unstructured",
+        "prune",
+        "sparsity",
+    ),
     "quantization": ("Int8", "calibrate", "quantize_aware"),
     "report": ("report_of",),
     "sparse": (

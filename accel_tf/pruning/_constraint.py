@@ -7,8 +7,9 @@ scope "global". `MaskConstraint` applies one of them to its weight.
 import keras
 import tensorflow as tf
 
-from accel_tf.pruning._patterns import keep_largest
-from accel_tf.pruning._schedules import Schedule, levels
+from accel_tf.pruning._forms import Form, form_of
+from accel_tf.pruning._patterns import Pattern, keep_largest
+from accel_tf.pruning._schedules import Schedule
 
 
 class StepCounter:
@@ -59,12 +60,21 @@ class Masks:
         schedule: A `Schedule`.
         pattern: Which weights go together.
         step: A `StepCounter`.
+        forms: Which axes of a variable are inputs, by its id; by default, all but the last.
     """
 
-    def __init__(self, variables, schedule: Schedule, pattern, step: StepCounter):
+    def __init__(
+        self,
+        variables,
+        schedule: Schedule,
+        pattern: Pattern,
+        step: StepCounter,
+        forms: dict[int, Form] | None = None,
+    ):
         self.variables = list(variables)
         self.schedule, self.pattern, self._step = schedule, pattern, step
-        self._levels = tf.constant(levels(schedule))
+        self._forms = forms or {id(v): form_of(v) for v in self.variables}
+        self._levels = tf.constant(pattern.levels(schedule))
         # The masks live where the weights do. Replicas hold equal weights, hence decide alike: each
         # updates its own copy, because a conditional update must not wait for other replicas.
         strategy = getattr(self.variables[0].value, "distribute_strategy", None)
@@ -115,11 +125,16 @@ class Masks:
         index = (due - self.schedule.begin_step) // self.schedule.frequency
         last = tf.cast(tf.size(self._levels) - 1, tf.int64)
         sparsity = tf.gather(self._levels, tf.clip_by_value(index, 0, last))
-        scores = [self.pattern.scores(v.value) for v in self.variables]
+        forms = [self._forms[id(v)] for v in self.variables]
+        kernels = zip(forms, self.variables, strict=True)
+        scores = [
+            self.pattern.scores(form.of(tf.convert_to_tensor(v.value))) for form, v in kernels
+        ]
         keep = keep_largest(tf.concat(scores, axis=0), sparsity)
         parts = tf.split(keep, [s.shape[0] for s in scores])
-        for v, part in zip(self.variables, parts, strict=True):
-            self.masks[id(v)].assign(self.pattern.expand(part, v.shape))
+        for form, v, part in zip(forms, self.variables, parts, strict=True):
+            mask = self.pattern.expand(part, form.shape(v.shape))
+            self.masks[id(v)].assign(form.back(mask, v.shape))
         self.latest.assign(due)
 
 

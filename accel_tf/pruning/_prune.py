@@ -8,7 +8,8 @@ import tensorflow as tf
 
 from accel_tf.layers import require_model, walk
 from accel_tf.pruning._constraint import MaskConstraint, Masks, StepCounter
-from accel_tf.pruning._patterns import Unstructured
+from accel_tf.pruning._forms import form_of
+from accel_tf.pruning._patterns import Pattern, Unstructured
 from accel_tf.pruning._schedules import Schedule
 from accel_tf.pruning._selection import Weight, is_kernel, weights_of
 from accel_tf.report import Entry, Report, Table, attach
@@ -19,7 +20,7 @@ def prune(
     model: keras.Model,
     schedule: Schedule,
     *,
-    pattern=Unstructured(),  # noqa: B008 – frozen
+    pattern: Pattern = Unstructured(),  # noqa: B008 – frozen
     scope: str = "layer",
     include=None,
     exclude=None,
@@ -45,7 +46,8 @@ def prune(
     Args:
         model: A built Keras model: functional, sequential or subclassed. Compile it before or after.
         schedule: `ConstantSparsity(0.8)`, `PolynomialDecay(0.9, end_step=1000)`, …
-        pattern: Which weights go together.
+        pattern: Which weights go together: `Unstructured()`, `Block((1, 4))`, `NM(2, 4)`,
+            `Channels()`.
         scope: `"layer"` gives each kernel the schedule's sparsity; `"global"` gives it to all
             together, so that the smallest weights go wherever they are. That is more accurate at
             high sparsity, but may empty a layer.
@@ -84,16 +86,17 @@ def prune(
     """
     require_model(model, "prune")
     _validate(schedule, pattern, scope, initial_step)
-    weights = weights_of(model, include, exclude)
+    weights = [_with_obstacle(w, pattern) for w in weights_of(model, include, exclude)]
     chosen = [w.variable for w in weights if not w.reason]
-    report = _report(weights, schedule)
+    forms = {id(w.variable): form_of(w.variable, w.layer) for w in weights if not w.reason}
+    report = _report(weights, forms, schedule, pattern)
     if not chosen:
         raise ValueError(f"Nothing in model {model.name!r} can be pruned:\n{report}")
 
     step = StepCounter(model, optimizer, initial_step)
     groups = [chosen] if scope == "global" else [[v] for v in chosen]
     for group in groups:
-        masks = Masks(group, schedule, pattern, step)
+        masks = Masks(group, schedule, pattern, step, forms)
         masks.update(tf.constant(initial_step, tf.int64))
         for v in group:
             _constrain(v, masks)
@@ -171,8 +174,12 @@ def _validate(schedule, pattern, scope, initial_step):
             else "ConstantSparsity(0.8) prunes at once, PolynomialDecay(0.8, end_step=…) gradually."
         )
         raise ValueError(f"prune expects a schedule of accel_tf. Received: {schedule!r}. {hint}")
-    if not (hasattr(pattern, "scores") and hasattr(pattern, "expand")):
-        raise ValueError(f"prune expects a pattern such as Unstructured(). Received: {pattern!r}")
+    if not isinstance(pattern, Pattern):
+        raise ValueError(
+            "prune expects a pattern such as Unstructured(), Block((1, 4)), NM(2, 4) or Channels(). "
+            f"Received: {pattern!r}"
+        )
+    pattern.levels(schedule)
     if scope not in ("layer", "global"):
         raise ValueError(f'scope is "layer" or "global". Received: {scope!r}')
     if initial_step < 0:
@@ -188,7 +195,14 @@ def _constrain(variable, masks: Masks):
     variable.assign(variable.constraint.apply(variable))
 
 
-def _report(weights: list[Weight], schedule: Schedule) -> Report:
+def _with_obstacle(weight: Weight, pattern: Pattern) -> Weight:
+    if weight.reason:
+        return weight
+    shape = form_of(weight.variable, weight.layer).shape(weight.variable.shape)
+    return weight._replace(reason=pattern.obstacle(shape, weight.layer))
+
+
+def _report(weights: list[Weight], forms, schedule: Schedule, pattern: Pattern) -> Report:
     level, step = schedule.sparsity_at(schedule.reached_at), schedule.reached_at
     layers: dict[str, list[Weight]] = {}
     for weight in sorted(weights, key=lambda w: len(w.variable.shape) < 2):
@@ -198,7 +212,9 @@ def _report(weights: list[Weight], schedule: Schedule) -> Report:
         pruned, others = [], []
         for _, _, v, reason in layers[path]:
             if not reason:
-                pruned.append(f"{v.name} {tuple(v.shape)}: {level:.4g} by step {step}")
+                remark = pattern.remark(forms[id(v)].shape(v.shape))
+                what = f"{v.name} {tuple(v.shape)}: {level:.4g} by step {step}"
+                pruned.append(f"{what}, {remark}" if remark else what)
             elif len(v.shape) >= 2:
                 others.append(f"not {v.name}: {reason}")
         if pruned:
