@@ -5,6 +5,7 @@ The map of the package; each technique is a module of its own name:
     measure      compare, measure_latency                          accel_tf.benchmark
     prune        prune, sparsity, ConstantSparsity, …              accel_tf.pruning
     quantize     quantize_aware, calibrate, Int8                   accel_tf.quantization
+    fuse         fuse                                              accel_tf.fusion
     sparse       sparsify, sparse_matmul, SparseMatrix, …          accel_tf.sparse
     distribute   mirrored_strategy                                 accel_tf.distribute
     export       litert, inspect_litert                            accel_tf.export
@@ -25,6 +26,7 @@ _NAMES = {
     "benchmark": ("compare", "measure_latency"),
     "distribute": ("mirrored_strategy",),
     "export": ("inspect_litert",),
+    "fusion": ("fuse",),
     "pruning": (
         "NM",
         "Block",
@@ -54,6 +56,7 @@ _MODULES = (
     "datasets",
     "distribute",
     "export",
+    "fusion",
     "interop",
     "layers",
     "pruning",

@@ -92,10 +92,22 @@ def require_model(model, verb: str) -> None:
         )
 
 
+class _Removed(keras.layers.Layer):
+    """Stands in a graph that is being rebuilt for a layer that is to go."""
+
+    def call(self, inputs):
+        return inputs
+
+
+# What `rebuild` is answered for a layer that is to go.
+REMOVED = object()
+
+
 def rebuild(
     model: keras.Model,
     replace: Callable[[str, keras.Layer], keras.Layer | None],
     on_input: Callable[[int], keras.Layer | None] | None = None,
+    input_shape: Callable[[keras.KerasTensor], tuple] | None = None,
 ) -> keras.Model:
     """Returns a copy of `model`, sharing nothing with it, in which some layers are replaced.
 
@@ -105,10 +117,13 @@ def rebuild(
 
     Args:
         model: A built functional or sequential model.
-        replace: Called once per layer with its path and the layer; returns the new layer, or
-            `None` to keep it. A new layer may be unbuilt: setting its weights is up to the caller.
+        replace: Called once per layer with its path and the layer; returns the new layer, `None` to
+            keep it, or `REMOVED` to pass its one input on as its output. A new layer may be unbuilt:
+            setting its weights is up to the caller.
         on_input: Called with the position of each input of `model`; returns a layer to put behind
             that input, or `None`.
+        input_shape: Called with each input of `model` and of the models nested in it; returns its
+            shape in the copy, with the batch. By default it keeps the shape that it has.
 
     Returns:
         A new model of the same class and name, not compiled.
@@ -132,6 +147,8 @@ def rebuild(
         if isinstance(layer, keras.Model):
             return copy(layer, path)
         new = replace(path, layer) if isinstance(layer, keras.Layer) else layer
+        if new is REMOVED:
+            return _Removed(name=layer.name)
         if new is None:
             new = type(layer).from_config(layer.get_config())
             kept.append((layer, new))
@@ -147,7 +164,7 @@ def rebuild(
         # A compiled model's clone would be compiled too, with what its loss and metrics were then.
         compiled, part.compiled = part.compiled, False
         try:
-            new = keras.models.clone_model(part, clone_function=clone)
+            new = _clone_model(part, clone, _starts(part, input_shape))
         finally:
             part.compiled = compiled
         if not part.trainable:
@@ -164,14 +181,44 @@ def rebuild(
     return new_model
 
 
+def _clone_model(model, clone, starts):
+    """Keras's `clone_model`, without the layers that `clone` replaces by `_Removed`."""
+    if isinstance(model, keras.Sequential):
+        new = keras.models.clone_model(model, input_tensors=starts, clone_function=clone)
+        rest = [layer for layer in new.layers if not isinstance(layer, _Removed)]
+        return new if len(rest) == len(new.layers) else _sequential(new, rest)
+
+    def call(layer, *args, **kwargs):
+        return args[0] if isinstance(layer, _Removed) else layer(*args, **kwargs)
+
+    return keras.models.clone_model(
+        model, input_tensors=starts, clone_function=clone, call_function=call
+    )
+
+
+def _sequential(model, layers):
+    """A sequential model of `layers`, of the name and input of `model`."""
+    (tensor,) = model.inputs
+    start = keras.Input(batch_shape=tensor.shape, dtype=tensor.dtype, name=tensor.name)
+    return keras.Sequential([start, *layers], name=model.name)
+
+
+def _starts(model, input_shape):
+    """Inputs for a copy of `model` of the shapes that `input_shape` gives, or `None`: they stay."""
+    if input_shape is None or all(input_shape(t) == tuple(t.shape) for t in model.inputs):
+        return None
+    structure = model.inputs[0] if isinstance(model, keras.Sequential) else model.input
+    return keras.tree.map_structure(
+        lambda t: keras.Input(batch_shape=input_shape(t), dtype=t.dtype, name=t.name), structure
+    )
+
+
 def _enter_by(model, entries):
     """Returns `model`, its layers moved to a new one whose inputs pass the layers `entries` first."""
     if not any(entries):
         return model
     if isinstance(model, keras.Sequential):
-        (tensor,) = model.inputs
-        start = keras.Input(batch_shape=tensor.shape, dtype=tensor.dtype, name=tensor.name)
-        return keras.Sequential([start, *entries, *model.layers], name=model.name)
+        return _sequential(model, [*entries, *model.layers])
     entered = {}
 
     def enter(tensor):

@@ -5,8 +5,8 @@ import math
 import keras
 import numpy as np
 
-from .. import layers
-from ..report import Entry, Report, attach
+from .. import fusion, layers
+from ..report import Entry, Report, attach, report_of
 from . import _choice
 from ._attention import (
     PROJECTIONS,
@@ -30,6 +30,7 @@ def sparsify(
     min_sparsity: float | str = "auto",
     format: str = "auto",
     batch_size: int = _choice.BATCH,
+    fuse: bool = True,
 ) -> keras.Model:
     """Returns a copy of a pruned model whose sparse layers run on the compiled op.
 
@@ -51,6 +52,8 @@ def sparsify(
             even if that is predicted to be slower.
         format: How to pack kernels, as in `SparseMatrix`; `"auto"` takes the fastest for each.
         batch_size: The number of samples per call to choose for.
+        fuse: Whether to begin with `accel_tf.fuse`, by which normalizations and activations behind
+            kernels become part of them. False keeps a `BatchNormalization` that is to be trained on.
 
     Returns:
         A new model of the same class and name.
@@ -79,6 +82,8 @@ def sparsify(
     if batch_size < 1:
         raise ValueError(f"batch_size must be positive. Received: {batch_size!r}")
     layers.require_model(model, "sparsify")
+    if fuse:
+        model = fusion.fuse(model)
     sparsifier = _Sparsifier(min_sparsity, format, batch_size)
     new_model = layers.rebuild(model, sparsifier.replace)
     for path, layer in layers.walk(model):
@@ -86,7 +91,12 @@ def sparsify(
             parent = path.rpartition("/")[0]
             note = f"it belongs to the layer {parent!r}, which is kept whole"
             sparsifier.skipped.append(Entry(path, note))
-    attach(new_model, Report("sparsify", tuple(sparsifier.done), tuple(sparsifier.skipped)))
+    fused = {path: f"; {note}" for path, note in report_of(model).done} if fuse else {}
+    done, skipped = (
+        tuple(Entry(path, note + fused.get(path, "")) for path, note in entries)
+        for entries in (sparsifier.done, sparsifier.skipped)
+    )
+    attach(new_model, Report("sparsify", done, skipped))
     return new_model
 
 

@@ -22,6 +22,7 @@ def test_sparsify_reports_every_layer_with_weights():
     x = keras.layers.EinsumDense("abc,cd->abd", (9, 64), bias_axes="d", name="einsum")(x)
     x = keras.layers.EinsumDense("abc,bcd->abd", (9, 16), name="per_position")(x)
     x = keras.layers.MultiHeadAttention(4, 8, name="attention")(x, x)
+    x = keras.layers.LayerNormalization(name="norm")(x)
     x = keras.layers.GlobalAveragePooling1D()(x)
     x = keras.layers.Dense(64, name="sparse")(x)
     model = zero_out(keras.Model(inputs, keras.layers.Dense(10, name="dense")(x)))
@@ -38,14 +39,16 @@ def test_sparsify_reports_every_layer_with_weights():
         "attention/query", "attention/value", "attention/attention_output",
     }  # fmt: skip
     notes = {e.layer: e.note for e in report.skipped}
-    assert notes.keys() == {"grouped", "bn", "per_position", "dense", "attention/key"}
+    assert notes.keys() == {"grouped", "per_position", "norm", "dense", "attention/key"}
     assert notes["grouped"].startswith("Conv2D with groups=2, data_format='channels_last'; only 1")
-    assert notes["bn"] == "BatchNormalization has no sparse form"
+    assert notes["grouped"].endswith("; takes in 'bn'")
+    assert notes["norm"] == "LayerNormalization has no sparse form"
     assert "'abc,bcd->abd' is no product with a matrix" in notes["per_position"]
     assert notes["dense"] == "Dense (64, 10), 0.0 % zeros, less than min_sparsity = 0.8"
     assert isinstance(fast.get_layer("attention"), at.SparseMultiHeadAttention)
     assert type(fast.get_layer("attention").key_dense) is keras.layers.EinsumDense
-    assert [layer.name for layer in fast.layers[1:]] == [layer.name for layer in model.layers[1:]]
+    names = [layer.name for layer in model.layers[1:] if layer.name != "bn"]
+    assert [layer.name for layer in fast.layers[1:]] == names
     assert fast.name == model.name
     assert_same_function(model, fast)
     for old, new in zip(before, model.weights, strict=True):
@@ -227,3 +230,30 @@ def test_sparsity_counts_the_zeros_that_a_sparse_layer_does_not_store():
     fast = at.sparsify(model, min_sparsity=0.8)
     assert at.sparsity(fast).rows == at.sparsity(model).rows
     assert at.sparsity(fast).total == 0.9
+
+
+def test_normalizations_behind_sparse_layers_are_fused():
+    def pointwise(name):
+        layer = keras.layers.Conv2D(256, 1, use_bias=False, name=name)
+        return [layer, keras.layers.BatchNormalization(), keras.layers.ReLU(6)]
+
+    model = keras.Sequential([keras.Input((16, 16, 256)), *pointwise("a"), *pointwise("b")])
+    rng = np.random.default_rng(0)
+    for v in model.weights:
+        value = rng.uniform(0.5, 2, v.shape)
+        v.assign(value if v.name != "kernel" else value * (rng.random(v.shape) < 0.1) - 0.05)
+    for name in "ab":
+        kernel = model.get_layer(name).kernel.numpy()
+        model.get_layer(name).kernel.assign(np.where(kernel < 0, 0, kernel / 10))
+    x = rng.normal(size=(2, 16, 16, 256)).astype("float32")
+    fast = at.sparsify(model)
+    assert [type(layer) for layer in fast.layers] == [at.SparseConv2D] * 2
+    assert fast.get_layer("a").activation is keras.activations.relu6
+    assert "; takes in 'batch_norm" in at.report_of(fast).done[0].note
+    np.testing.assert_allclose(fast(x), model(x), rtol=1e-4, atol=1e-4)
+    kept = at.sparsify(model, fuse=False)
+    assert [type(layer).__name__ for layer in kept.layers] == [
+        *("SparseConv2D", "BatchNormalization", "ReLU"),
+        *("SparseConv2D", "BatchNormalization", "ReLU"),
+    ]
+    np.testing.assert_allclose(kept(x), model(x), rtol=1e-4, atol=1e-4)
