@@ -6,16 +6,16 @@
 // compiled for instructions that the host lacks.
 //
 // A `Vec` has
-//   Reg     kLanes floats: Zero, Load, Store, Add, MultiplyAdd
+//   Reg     kLanes floats: Zero, Set, Load, Store, Add, Multiply, MultiplyAdd, Max and Min (of
+//   which
+//           a NaN in the second operand survives); Transpose(Reg[kLanes])
 //   Four    four floats: ZeroFour, LoadFour, StoreFour, BroadcastFour, AddFour, MultiplyAddFour;
 //           GatherFour(x, columns), whose elements are x[column] of four packed 16-bit columns;
 //           SumFour(a, b, c, d), whose elements are the sums of those four registers
 //   Quad    four floats at hand to be broadcast: LoadQuad; Broadcast<i>(quad), a Reg of the i-th
-//   Block   kBlock floats: LoadBlock, StoreBlock, AddBlock, MultiplyBlock, MaxBlock, MinBlock (of
-//           which a NaN in the second operand survives), BroadcastBlock; Transpose(Block[kBlock])
 //   kRows, kVectors: how many sums the registers can hold, rows × vectors
 //   kGradientVectors: the same where four rows are held
-// LoadFour and LoadQuad also convert from int8.
+// Load, LoadFour and LoadQuad also convert from int8.
 #pragma once
 
 #include "kernels/dispatch.h"

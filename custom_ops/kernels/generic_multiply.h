@@ -135,8 +135,7 @@ void MultiplySlices(const Sliced& w, const Value* values, int64_t begin, int64_t
 
 // One slice for a single batch row: the lanes are its rows, four at a time.
 template <class Vec, bool kShared, class Value>
-inline void MultiplyVectorQuad(const SliceView<Value>& slice, int height, const float* x,
-                               float* sums) {
+inline void MultiplyVectorQuad(const SliceView<Value>& slice, const float* x, float* sums) {
   constexpr int kSets = 4;  // of sums, for the latency
   typename Vec::Four acc[kSets];
   for (int i = 0; i < kSets; ++i) acc[i] = Vec::ZeroFour();
@@ -147,7 +146,7 @@ inline void MultiplyVectorQuad(const SliceView<Value>& slice, int height, const 
       else
         return Vec::GatherFour(x, FourColumns(slice.columns + p * 4));
     }();
-    acc[i] = Vec::MultiplyAddFour(Vec::LoadFour(slice.values + p * height), column, acc[i]);
+    acc[i] = Vec::MultiplyAddFour(Vec::LoadFour(slice.values + p * 4), column, acc[i]);
   };
   int64_t p = 0;
   for (; p + kSets <= slice.steps; p += kSets) {
@@ -164,15 +163,50 @@ inline void MultiplyVectorQuad(const SliceView<Value>& slice, int height, const 
   for (int r = 0; r < 4; ++r) sums[slice.rows[r]] += sum[r];
 }
 
+// The same for a slice of kTallest rows that share their columns: whole registers of them at a
+// time.
+template <class Vec, class Value>
+inline void MultiplyVectorTallest(const SliceView<Value>& slice, const float* x, float* sums) {
+  constexpr int kRegs = kTallest / Vec::kLanes;
+  constexpr int kSets = kRegs < 4 ? 4 / kRegs : 1;  // of sums, for the latency
+  typename Vec::Reg acc[kSets][kRegs];
+  for (int i = 0; i < kSets; ++i) {
+    for (int r = 0; r < kRegs; ++r) acc[i][r] = Vec::Zero();
+  }
+  const auto step = [&](int64_t p, int i) {
+    const auto column = Vec::Set(x[slice.columns[p]]);
+    const Value* values = slice.values + p * kTallest;
+    __builtin_prefetch(reinterpret_cast<const char*>(values) + kValuesAhead);
+    for (int r = 0; r < kRegs; ++r) {
+      acc[i][r] = Vec::MultiplyAdd(Vec::Load(values + r * Vec::kLanes), column, acc[i][r]);
+    }
+  };
+  int64_t p = 0;
+  for (; p + kSets <= slice.steps; p += kSets) {
+    for (int i = 0; i < kSets; ++i) step(p + i, i);
+  }
+  for (; p < slice.steps; ++p) step(p, 0);
+  float sum[kTallest];
+  for (int r = 0; r < kRegs; ++r) {
+    for (int i = 1; i < kSets; ++i) acc[0][r] = Vec::Add(acc[0][r], acc[i][r]);
+    Vec::Store(sum + r * Vec::kLanes, acc[0][r]);
+  }
+  for (int r = 0; r < kTallest; ++r) sums[slice.rows[r]] += sum[r];
+}
+
 template <class Vec, bool kShared, class Value>
 void MultiplyVectorSlices(const Sliced& w, const Value* values, int64_t begin, int64_t end,
                           const float* x, float* sums) {
   for (int64_t s = begin; s < end; ++s) {
-    SliceView<Value> quad = ViewSlice(w, values, s);
-    if constexpr (kShared) PrefetchAhead(quad, w.height, 1);
-    for (int h = 0; h < w.height; h += 4, quad.values += 4, quad.rows += 4) {
-      MultiplyVectorQuad<Vec, kShared>(quad, kShared ? w.height : 4, x, sums);
+    const SliceView<Value> slice = ViewSlice(w, values, s);
+    if constexpr (kShared) {
+      if (w.height == kTallest) {
+        MultiplyVectorTallest<Vec>(slice, x, sums);
+        continue;
+      }
+      PrefetchAhead(slice, 4, 1);
     }
+    MultiplyVectorQuad<Vec, kShared>(slice, x, sums);
   }
 }
 

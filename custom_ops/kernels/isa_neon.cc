@@ -20,6 +20,18 @@ struct Neon {
   static Reg Add(Reg a, Reg b) { return vaddq_f32(a, b); }
   static Reg MultiplyAdd(Reg a, Reg b, Reg c) { return vfmaq_f32(c, a, b); }
   static Reg Set(float value) { return vdupq_n_f32(value); }
+  static Reg Multiply(Reg a, Reg b) { return vmulq_f32(a, b); }
+  static Reg Max(Reg a, Reg b) { return vmaxq_f32(a, b); }
+  static Reg Min(Reg a, Reg b) { return vminq_f32(a, b); }
+  static void Transpose(Reg (&a)[kLanes]) {
+    const float32x4x2_t low = vzipq_f32(a[0], a[2]), high = vzipq_f32(a[1], a[3]);
+    const float32x4x2_t first = vzipq_f32(low.val[0], high.val[0]);
+    const float32x4x2_t second = vzipq_f32(low.val[1], high.val[1]);
+    a[0] = first.val[0];
+    a[1] = first.val[1];
+    a[2] = second.val[0];
+    a[3] = second.val[1];
+  }
 
   using Quad = Reg;
   template <class T>
@@ -48,25 +60,6 @@ struct Neon {
   }
   static Four SumFour(Reg a, Reg b, Reg c, Reg d) {
     return vpaddq_f32(vpaddq_f32(a, b), vpaddq_f32(c, d));
-  }
-
-  using Block = Reg;
-  static constexpr int kBlock = 4;
-  static Block LoadBlock(const float* p) { return Load(p); }
-  static void StoreBlock(float* p, Block a) { Store(p, a); }
-  static Block BroadcastBlock(float value) { return Set(value); }
-  static Block AddBlock(Block a, Block b) { return Add(a, b); }
-  static Block MultiplyBlock(Block a, Block b) { return vmulq_f32(a, b); }
-  static Block MaxBlock(Block a, Block b) { return vmaxq_f32(a, b); }
-  static Block MinBlock(Block a, Block b) { return vminq_f32(a, b); }
-  static void Transpose(Block (&a)[kBlock]) {
-    const float32x4x2_t low = vzipq_f32(a[0], a[2]), high = vzipq_f32(a[1], a[3]);
-    const float32x4x2_t first = vzipq_f32(low.val[0], high.val[0]);
-    const float32x4x2_t second = vzipq_f32(low.val[1], high.val[1]);
-    a[0] = first.val[0];
-    a[1] = first.val[1];
-    a[2] = second.val[0];
-    a[3] = second.val[1];
   }
 };
 

@@ -9,10 +9,18 @@ struct Scalar {
   static constexpr int kLanes = 1;
   static constexpr int kRows = 1, kVectors = kMaxWidth, kGradientVectors = kMaxWidth;
   static Reg Zero() { return 0.0f; }
-  static Reg Load(const float* p) { return *p; }
+  static Reg Set(float value) { return value; }
+  template <class T>
+  static Reg Load(const T* p) {
+    return static_cast<float>(*p);
+  }
   static void Store(float* p, Reg a) { *p = a; }
   static Reg Add(Reg a, Reg b) { return a + b; }
   static Reg MultiplyAdd(Reg a, Reg b, Reg c) { return a * b + c; }
+  static Reg Multiply(Reg a, Reg b) { return a * b; }
+  static Reg Max(Reg a, Reg b) { return a > b ? a : b; }
+  static Reg Min(Reg a, Reg b) { return a < b ? a : b; }
+  static void Transpose(Reg (&)[kLanes]) {}
 
   struct Four {
     float at[4];
@@ -51,17 +59,6 @@ struct Scalar {
   static Reg Broadcast(const Quad& quad) {
     return quad.at[i];
   }
-
-  using Block = float;
-  static constexpr int kBlock = 1;
-  static Block LoadBlock(const float* p) { return *p; }
-  static void StoreBlock(float* p, Block a) { *p = a; }
-  static Block BroadcastBlock(float value) { return value; }
-  static Block AddBlock(Block a, Block b) { return a + b; }
-  static Block MultiplyBlock(Block a, Block b) { return a * b; }
-  static Block MaxBlock(Block a, Block b) { return a > b ? a : b; }
-  static Block MinBlock(Block a, Block b) { return a < b ? a : b; }
-  static void Transpose(Block (&)[kBlock]) {}
 };
 
 }  // namespace

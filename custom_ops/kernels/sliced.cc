@@ -116,7 +116,7 @@ std::string CheckForm(int64_t rows, int64_t cols, int64_t height, bool shared) {
     return "out_features = " + std::to_string(rows) + " and in_features = " + std::to_string(cols) +
            ", expected " + Range(0, INT32_MAX);
   }
-  if (height == 4 || (height == 16 && shared)) return "";
+  if (height == 4 || (height == kTallest && shared)) return "";
   return "height = " + std::to_string(height) + " and shared = " + (shared ? "true" : "false") +
          ", expected a height of 4, or of 16 where columns are shared";
 }

@@ -20,6 +20,9 @@ constexpr int kMaxChunkRows = 512;
 // cache.
 constexpr int kMaxTile = 4096;
 
+// Slices have 4 rows, or as many as this.
+constexpr int kTallest = 16;
+
 // A view of a matrix of `rows` outputs × `cols` inputs, made by ReadPlan.
 //
 //   chunk c    the rows [chunk_rows[c], chunk_rows[c + 1])

@@ -1,4 +1,4 @@
-// What the vector types of x86-64 have in common: their parts of four and eight lanes.
+// What the vector types of x86-64 have in common: their parts of four lanes.
 #pragma once
 
 #include <immintrin.h>
@@ -33,33 +33,6 @@ struct X86 {
   static Four SumFour(__m256 a, __m256 b, __m256 c, __m256 d) {
     const __m256 s = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
     return _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
-  }
-
-  using Block = __m256;
-  static constexpr int kBlock = 8;
-  static Block LoadBlock(const float* p) { return _mm256_loadu_ps(p); }
-  static void StoreBlock(float* p, Block a) { _mm256_storeu_ps(p, a); }
-  static Block BroadcastBlock(float value) { return _mm256_set1_ps(value); }
-  static Block AddBlock(Block a, Block b) { return _mm256_add_ps(a, b); }
-  static Block MultiplyBlock(Block a, Block b) { return _mm256_mul_ps(a, b); }
-  static Block MaxBlock(Block a, Block b) { return _mm256_max_ps(a, b); }
-  static Block MinBlock(Block a, Block b) { return _mm256_min_ps(a, b); }
-  static void Transpose(Block (&a)[kBlock]) {
-    Block pairs[kBlock], quads[kBlock];
-    for (int i = 0; i < kBlock; i += 2) {
-      pairs[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
-      pairs[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
-    }
-    for (int i = 0; i < kBlock; i += 4) {
-      quads[i] = _mm256_shuffle_ps(pairs[i], pairs[i + 2], 0x44);
-      quads[i + 1] = _mm256_shuffle_ps(pairs[i], pairs[i + 2], 0xee);
-      quads[i + 2] = _mm256_shuffle_ps(pairs[i + 1], pairs[i + 3], 0x44);
-      quads[i + 3] = _mm256_shuffle_ps(pairs[i + 1], pairs[i + 3], 0xee);
-    }
-    for (int i = 0; i < 4; ++i) {
-      a[i] = _mm256_permute2f128_ps(quads[i], quads[i + 4], 0x20);
-      a[i + 4] = _mm256_permute2f128_ps(quads[i], quads[i + 4], 0x31);
-    }
   }
 };
 
