@@ -5,14 +5,18 @@
     _schedules   ConstantSparsity, PolynomialDecay     how sparse, at which step
     _patterns    Unstructured, Block, NM, Channels     which weights go together
     _prune       prune, sparsity                       the verb, and how sparse a model is
+    _channels    mask_channels, remove_channels        whole channels to zero, and out of the model
     _forms       which axes of a kernel are its inputs and outputs
     _constraint  the weight constraint that `prune` puts on the variables
     _selection   which variables of a model are pruned by default, by `include` and `exclude`
+    _channel_graph, _channel_rules, _channel_choice    which channels depend on one another, and go
 
 Pruned weights are zeros in ordinary dense kernels: the model compresses better, yet Keras's dense
-kernels run no faster. `accel_tf.sparsify` replaces layers by ones that skip the zeros.
+kernels run no faster. `accel_tf.sparsify` replaces layers by ones that skip the zeros;
+`remove_channels` makes the kernels smaller, where whole channels are zero.
 """
 
+from accel_tf.pruning._channels import mask_channels, remove_channels
 from accel_tf.pruning._patterns import NM, Block, Channels, Pattern, Unstructured
 from accel_tf.pruning._prune import SparsityTable, prune, sparsity
 from accel_tf.pruning._schedules import ConstantSparsity, PolynomialDecay, Schedule
@@ -27,6 +31,8 @@ __all__ = [
     "Schedule",
     "SparsityTable",
     "Unstructured",
+    "mask_channels",
     "prune",
+    "remove_channels",
     "sparsity",
 ]
