@@ -6,6 +6,8 @@
     _patterns    Unstructured, Block, NM, Channels     which weights go together
     _prune       prune, sparsity                       the verb, and how sparse a model is
     _channels    mask_channels, remove_channels        whole channels to zero, and out of the model
+    _dynamic     train_sparse, SET, RigL               sparse from the first step, rewired on the way
+    _rewiring    the masks that `train_sparse` moves
     _forms       which axes of a kernel are its inputs and outputs
     _constraint  the weight constraint that `prune` puts on the variables
     _selection   which variables of a model are pruned by default, by `include` and `exclude`
@@ -17,6 +19,7 @@ kernels run no faster. `accel_tf.sparsify` replaces layers by ones that skip the
 """
 
 from accel_tf.pruning._channels import mask_channels, remove_channels
+from accel_tf.pruning._dynamic import SET, RigL, train_sparse
 from accel_tf.pruning._patterns import NM, Block, Channels, Pattern, Unstructured
 from accel_tf.pruning._prune import SparsityTable, prune, sparsity
 from accel_tf.pruning._schedules import ConstantSparsity, PolynomialDecay, Schedule
@@ -28,6 +31,8 @@ __all__ = [
     "ConstantSparsity",
     "Pattern",
     "PolynomialDecay",
+    "RigL",
+    "SET",
     "Schedule",
     "SparsityTable",
     "Unstructured",
@@ -35,4 +40,5 @@ __all__ = [
     "prune",
     "remove_channels",
     "sparsity",
+    "train_sparse",
 ]
