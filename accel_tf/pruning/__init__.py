@@ -2,7 +2,8 @@
 
 ::
 
-    _schedules   ConstantSparsity, PolynomialDecay     how sparse, at which step
+    _schedules   ConstantSparsity, PolynomialDecay, …  how sparse, at which step; as in TFMOT
+    _curves      CosineDecay, Cyclical, …              the schedules that TFMOT does not have
     _patterns    Unstructured, Block, NM, Channels     which weights go together
     _prune       prune, sparsity                       the verb, and how sparse a model is
     _channels    mask_channels, remove_channels        whole channels to zero, and out of the model
@@ -20,19 +21,25 @@ kernels run no faster. `accel_tf.sparsify` replaces layers by ones that skip the
 
 from accel_tf.pruning._channels import mask_channels, remove_channels
 from accel_tf.pruning._dynamic import SET, RigL, train_sparse
+from accel_tf.pruning._curves import CosineDecay, Cyclical, ExponentialDecay, FunctionSchedule
 from accel_tf.pruning._patterns import NM, Block, Channels, Pattern, Unstructured
 from accel_tf.pruning._prune import SparsityTable, prune, sparsity
-from accel_tf.pruning._schedules import ConstantSparsity, PolynomialDecay, Schedule
+from accel_tf.pruning._schedules import ConstantSparsity, OneShot, PolynomialDecay, Schedule
 
 __all__ = [
     "NM",
+    "SET",
     "Block",
     "Channels",
     "ConstantSparsity",
+    "CosineDecay",
+    "Cyclical",
+    "ExponentialDecay",
+    "FunctionSchedule",
+    "OneShot",
     "Pattern",
     "PolynomialDecay",
     "RigL",
-    "SET",
     "Schedule",
     "SparsityTable",
     "Unstructured",

@@ -1,6 +1,7 @@
 """The verb `prune`, and the report `sparsity`."""
 
 import dataclasses
+from collections.abc import Callable
 
 import keras
 import numpy as np
@@ -8,9 +9,10 @@ import tensorflow as tf
 
 from accel_tf.layers import require_model, walk
 from accel_tf.pruning._constraint import MaskConstraint, Masks, StepCounter
+from accel_tf.pruning._curves import FunctionSchedule
 from accel_tf.pruning._forms import form_of
 from accel_tf.pruning._patterns import Pattern, Unstructured
-from accel_tf.pruning._schedules import Schedule
+from accel_tf.pruning._schedules import Schedule, require_integer
 from accel_tf.pruning._selection import Weight, is_kernel, weights_of
 from accel_tf.report import Entry, Report, Table, attach
 from accel_tf.sparse import SparseLayer
@@ -18,7 +20,7 @@ from accel_tf.sparse import SparseLayer
 
 def prune(
     model: keras.Model,
-    schedule: Schedule,
+    schedule: Schedule | Callable[[int], float],
     *,
     pattern: Pattern = Unstructured(),  # noqa: B008 – frozen
     scope: str = "layer",
@@ -26,6 +28,8 @@ def prune(
     exclude=None,
     optimizer: keras.optimizers.Optimizer | None = None,
     initial_step: int = 0,
+    steps: int | None = None,
+    steps_per_epoch: int | None = None,
 ) -> Report:
     """Prunes `model` in place, now and after each optimizer step, as `schedule` says.
 
@@ -45,7 +49,8 @@ def prune(
 
     Args:
         model: A built Keras model: functional, sequential or subclassed. Compile it before or after.
-        schedule: `ConstantSparsity(0.8)`, `PolynomialDecay(0.9, end_step=1000)`, …
+        schedule: `ConstantSparsity(0.8)`, `PolynomialDecay(0.9, end_step=1000)`, …, or a function
+            `step -> sparsity`, with `steps`.
         pattern: Which weights go together: `Unstructured()`, `Block((1, 4))`, `NM(2, 4)`,
             `Channels()`.
         scope: `"layer"` gives each kernel the schedule's sparsity; `"global"` gives it to all
@@ -61,13 +66,17 @@ def prune(
             training loops, or if `model` is a part of the one you compile.
         initial_step: The schedule's step now. To resume training from a checkpoint, pass
             `int(model.optimizer.iterations)`.
+        steps: The step at which training is going to end, to be told now if that is too early for
+            the schedule. A function as the schedule needs it: it is followed until then.
+        steps_per_epoch: The optimizer steps in an epoch, for a schedule in epochs, such as
+            `PolynomialDecay(0.9, end_epoch=8)`.
 
     Returns:
         A `Report`: what is pruned, and why the other layers are not.
 
     Raises:
         ValueError: The model is not built, nothing in it can be pruned, a selector matches no layer,
-            or an argument is not what is expected.
+            the schedule does not end within `steps`, or an argument is not what is expected.
 
     Example:
 
@@ -85,6 +94,7 @@ def prune(
     (2015); https://arxiv.org/abs/1506.02626.
     """
     require_model(model, "prune")
+    schedule = _in_steps(schedule, steps, steps_per_epoch)
     _validate(schedule, pattern, scope, initial_step)
     weights = [_with_obstacle(w, pattern) for w in weights_of(model, include, exclude)]
     chosen = [w.variable for w in weights if not w.reason]
@@ -165,15 +175,43 @@ def sparsity(model: keras.Model) -> SparsityTable:
     return SparsityTable(columns, rows, note="\n".join(unfinished), total=total)
 
 
-def _validate(schedule, pattern, scope, initial_step):
+def _in_steps(schedule, steps, steps_per_epoch) -> Schedule:
+    """The schedule as one of ours that counts in steps, and ends within those there are."""
+    if steps is not None:
+        require_integer("steps", steps, 1)
     if not isinstance(schedule, Schedule):
         foreign = type(schedule).__module__.startswith("tensorflow_model_optimization")
-        hint = (
-            "Convert it with accel_tf.interop.tfmot.from_tfmot."
-            if foreign
-            else "ConstantSparsity(0.8) prunes at once, PolynomialDecay(0.8, end_step=…) gradually."
+        if foreign or isinstance(schedule, type) or not callable(schedule):
+            hint = (
+                "Convert it with accel_tf.interop.tfmot.from_tfmot."
+                if foreign
+                else "ConstantSparsity(0.8) prunes at once, PolynomialDecay(0.8, end_step=…) "
+                "gradually."
+            )
+            raise ValueError(
+                "prune expects a schedule of accel_tf or a function step -> sparsity. "
+                f"Received: {schedule!r}. {hint}"
+            )
+        if steps is None:
+            raise ValueError(
+                f"Until which step is the function {schedule!r} the schedule? Pass prune(…, steps=…), "
+                "those of the whole training, or FunctionSchedule(function, end_step=…, frequency=…)."
+            )
+        return FunctionSchedule(schedule, end_step=steps)
+    if schedule.counts_epochs and steps_per_epoch is None:
+        raise ValueError(schedule.epochs_unknown)
+    if steps_per_epoch is not None:
+        schedule = schedule.in_steps(steps_per_epoch)
+    if steps is not None and schedule.reached_at > steps:
+        raise ValueError(
+            f"Training ends at step {steps}, too early for the schedule: it goes on to step "
+            f"{schedule.reached_at}. Train longer, or end the schedule earlier, some time before "
+            f"the training does. Received: {schedule!r}"
         )
-        raise ValueError(f"prune expects a schedule of accel_tf. Received: {schedule!r}. {hint}")
+    return schedule
+
+
+def _validate(schedule, pattern, scope, initial_step):
     if not isinstance(pattern, Pattern):
         raise ValueError(
             "prune expects a pattern such as Unstructured(), Block((1, 4)), NM(2, 4) or Channels(). "

@@ -2,11 +2,13 @@
 
 A schedule *updates* the mask at the steps `begin_step, begin_step + frequency, …` up to `end_step`;
 in between, the mask holds. Step 0 is the moment `prune` is called, step t follows the t-th optimizer
-step. All arithmetic is float32 and TensorFlow's, as TFMOT's is, so that both agree to the last bit.
+step. The arithmetic of the two that TFMOT has, too, is its own, float32 and TensorFlow's, so that
+both agree to the last bit. `_curves` has the schedules that TFMOT does not have.
 """
 
 import dataclasses
 import functools
+import math
 
 import numpy as np
 import tensorflow as tf
@@ -16,7 +18,8 @@ class Schedule:
     """What the schedules share: the steps at which they update the mask, and their configuration.
 
     A subclass is a frozen dataclass with `begin_step`, `end_step` (-1: there is no end) and
-    `frequency`, and implements `sparsity_at`.
+    `frequency`, and implements `sparsity_at`. It may have `begin_epoch` and `end_epoch`, to be
+    given instead of the steps; `prune` then asks for `steps_per_epoch`.
     """
 
     @property
@@ -45,7 +48,7 @@ class Schedule:
         Returns:
             A `bool` for an `int`, else a bool tensor of the shape of `step`.
         """
-        at = _as_tensor(step)
+        at = self._steps(step)
         due = (at >= self.begin_step) & ((at - self.begin_step) % self.frequency == 0)
         if self.end_step >= 0:
             due &= at <= self.end_step
@@ -60,20 +63,81 @@ class Schedule:
         Returns:
             The step, as an `int` or a tensor as `step` is; -1 before the first update.
         """
-        at = _as_tensor(step)
+        at = self._steps(step)
         inside = at if self.end_step < 0 else tf.minimum(at, tf.cast(self.end_step, at.dtype))
         since = inside - self.begin_step
         latest = tf.where(since < 0, tf.constant(-1, at.dtype), inside - since % self.frequency)
         return _as_given(latest, step)
 
+    @property
+    def counts_epochs(self) -> bool:
+        """Whether it begins or ends at an epoch, so that it has no steps before `in_steps`."""
+        return any(getattr(self, f"{edge}_epoch", None) is not None for edge in ("begin", "end"))
+
+    @property
+    def epochs_unknown(self) -> str:
+        """What to say where steps are needed, and epochs were given."""
+        return (
+            f"{self!r} counts in epochs. How many optimizer steps has one? Pass "
+            "prune(…, steps_per_epoch=…): it is ceil(len(x) / batch_size), or len(dataset)."
+        )
+
+    def in_steps(self, steps_per_epoch: int) -> "Schedule":
+        """Returns the schedule with `begin_epoch` and `end_epoch` as steps; `prune` does it itself.
+
+        Epoch e ends with the step e · `steps_per_epoch`. The end is that of the last update until
+        then, so that the final sparsity is reached.
+
+        Args:
+            steps_per_epoch: The optimizer's steps in an epoch, an integer ≥ 1.
+
+        Raises:
+            ValueError: `steps_per_epoch` is not what is expected; or in steps, the schedule has no
+                room for its updates.
+
+        Example:
+
+        >>> PolynomialDecay(0.9, end_epoch=10, frequency=20).in_steps(25)
+        PolynomialDecay(final_sparsity=0.9, end_step=240, initial_sparsity=0.0, begin_step=0, power=3, frequency=20)
+        """
+        require_integer("steps_per_epoch", steps_per_epoch, 1)
+        if not self.counts_epochs:
+            return self
+        changes, begin = {}, self.begin_step
+        if self.begin_epoch is not None:
+            begin = round(self.begin_epoch * steps_per_epoch)
+            changes |= {"begin_step": begin, "begin_epoch": None}
+        if getattr(self, "end_epoch", None) is not None:
+            length = max(round(self.end_epoch * steps_per_epoch) - begin, 0)
+            # As it is if there is no room for an update: the error is about what was asked for.
+            end = begin + (length // self.frequency * self.frequency or length)
+            changes |= {"end_step": end, "end_epoch": None}
+        return dataclasses.replace(self, **changes)
+
     def get_config(self) -> dict:
         """Returns the arguments as a dictionary of plain numbers, for `from_config`."""
-        return dataclasses.asdict(self)
+        config = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {k: v for k, v in config.items() if v is not None}
 
     @classmethod
     def from_config(cls, config: dict):
         """Makes the schedule anew from what `get_config` returned."""
         return cls(**config)
+
+    def __repr__(self):
+        arguments = (f"{name}={value!r}" for name, value in self.get_config().items())
+        return f"{type(self).__name__}({', '.join(arguments)})"
+
+    def _steps(self, step) -> tf.Tensor:
+        if self.counts_epochs:
+            raise ValueError(self.epochs_unknown)
+        return step if tf.is_tensor(step) else tf.convert_to_tensor(step, tf.int64)
+
+    def _last_update(self) -> int:
+        """The last update at or before `end_step`, in Python's numbers, hence also within a graph."""
+        return (
+            self.begin_step + (self.end_step - self.begin_step) // self.frequency * self.frequency
+        )
 
     def _validate(self, *sparsities: str):
         name = type(self).__name__
@@ -83,16 +147,42 @@ class Schedule:
                 raise ValueError(
                     f"{name}: {field} is the fraction of zeros, in [0, 1). Received: {value!r}"
                 )
+        for edge, default in (("begin", (0,)), ("end", (-1, None))):
+            epoch = getattr(self, f"{edge}_epoch", None)
+            if epoch is not None and getattr(self, f"{edge}_step") not in default:
+                raise ValueError(f"{name}: give {edge}_step or {edge}_epoch, not both: {self!r}")
+            if epoch is not None and not (0 <= epoch < math.inf):
+                raise ValueError(f"{name}: {edge}_epoch must be ≥ 0. Received: {epoch!r}")
         for field, least in (("begin_step", 0), ("end_step", -1), ("frequency", 1)):
             value = getattr(self, field)
-            if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-                raise ValueError(f"{name}: {field} must be an integer. Received: {value!r}")
-            if value < least:
-                raise ValueError(f"{name}: {field} must be ≥ {least}. Received: {value}")
-            object.__setattr__(self, field, int(value))
+            if value is None:  # to be known in steps
+                continue
+            require_integer(f"{name}: {field}", value, least)
+            if field in self.__dict__:
+                object.__setattr__(self, field, int(value))
+
+    def _validate_ramp(self, initial: str, updates: int = 2):
+        """Whether there is an end, and room for so many updates until then."""
+        name = type(self).__name__
+        if self.end_step is None and self.end_epoch is None:
+            raise ValueError(f"{name} needs end_step or end_epoch, at which it reaches its end.")
+        if self.counts_epochs:
+            return
+        if self.end_step - self.begin_step < (updates - 1) * self.frequency:
+            raise ValueError(
+                f"{name} never gets past {initial}: the steps from begin_step={self.begin_step} to "
+                f"end_step={self.end_step} are fewer than frequency={self.frequency}, the steps "
+                f"between two updates{'' if updates == 2 else f', of which it needs {updates}'}. "
+                "Lower frequency or raise end_step."
+            )
 
 
-@dataclasses.dataclass(frozen=True)
+def _epoch():
+    """A field for an epoch, which may be given instead of a step."""
+    return dataclasses.field(default=None, kw_only=True)
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
 class ConstantSparsity(Schedule):
     """Prunes to one sparsity at once, and holds it.
 
@@ -104,6 +194,8 @@ class ConstantSparsity(Schedule):
         begin_step: The first update; with 0 it happens when `prune` is called.
         end_step: The mask is not updated after this step, only held; -1 means there is no end.
         frequency: Steps between updates.
+        begin_epoch, end_epoch: Epochs instead of steps, see `Schedule.in_steps`; fractions are
+            fine.
 
     Raises:
         ValueError: An argument is out of its range.
@@ -122,20 +214,69 @@ class ConstantSparsity(Schedule):
     begin_step: int = 0
     end_step: int = -1
     frequency: int = 100
+    begin_epoch: float | None = _epoch()
+    end_epoch: float | None = _epoch()
 
     def __post_init__(self):
         self._validate("sparsity")
-        if 0 <= self.end_step < self.begin_step:
+        if not self.counts_epochs and 0 <= self.end_step < self.begin_step:
             raise ValueError(
                 f"ConstantSparsity never prunes: it ends at step {self.end_step}, before it begins "
                 f"at {self.begin_step}. Use end_step=-1 for no end."
             )
 
     def sparsity_at(self, step):
-        return _as_given(tf.fill(tf.shape(step), tf.constant(self.sparsity, tf.float32)), step)
+        shape = tf.shape(self._steps(step))
+        return _as_given(tf.fill(shape, tf.constant(self.sparsity, tf.float32)), step)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
+class OneShot(Schedule):
+    """Prunes to one sparsity at one step, and never chooses again.
+
+    `ConstantSparsity` lets another weight take a pruned one's place at later updates; this does not.
+
+    Args:
+        sparsity: The fraction of zeros after the step, in [0, 1).
+        begin_step: The step; with 0 it happens when `prune` is called.
+        begin_epoch: The epoch after which it happens, instead of the step.
+
+    Raises:
+        ValueError: An argument is out of its range.
+
+    Example:
+
+    >>> schedule = OneShot(0.75, begin_step=200)
+    >>> [schedule.sparsity_at(step) for step in (0, 199, 200, 1000)]
+    [0.0, 0.0, 0.75, 0.75]
+
+    Reference: the one-shot pruning of Han et al., "Learning both weights and connections for
+    efficient neural networks" (2015); https://arxiv.org/abs/1506.02626.
+    """
+
+    sparsity: float
+    begin_step: int = 0
+    begin_epoch: float | None = _epoch()
+
+    @property
+    def end_step(self) -> int:
+        """The step of the only update."""
+        return self.begin_step
+
+    @property
+    def frequency(self) -> int:
+        """There is one update only."""
+        return 1
+
+    def __post_init__(self):
+        self._validate("sparsity")
+
+    def sparsity_at(self, step):
+        after = self._steps(step) >= self.begin_step
+        return _as_given(tf.where(after, tf.constant(self.sparsity, tf.float32), 0.0), step)
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
 class PolynomialDecay(Schedule):
     """Raises the sparsity from `initial_sparsity` to `final_sparsity`, fast at first, then slowly.
 
@@ -151,6 +292,8 @@ class PolynomialDecay(Schedule):
         begin_step: The first update; with 0 it happens when `prune` is called.
         power: The exponent, greater than 0; 3 is the paper's.
         frequency: Steps between updates.
+        begin_epoch, end_epoch: Epochs instead of steps, see `Schedule.in_steps`; fractions are
+            fine.
 
     Raises:
         ValueError: An argument is out of its range, or the schedule ends before its second update,
@@ -169,30 +312,26 @@ class PolynomialDecay(Schedule):
     """
 
     final_sparsity: float
-    end_step: int
+    end_step: int | None = None
     initial_sparsity: float = 0.0
     begin_step: int = 0
     power: float = 3
     frequency: int = 100
+    begin_epoch: float | None = _epoch()
+    end_epoch: float | None = _epoch()
 
     def __post_init__(self):
         self._validate("initial_sparsity", "final_sparsity")
         if not self.power > 0:
             raise ValueError(f"PolynomialDecay: power must be > 0. Received: {self.power!r}")
-        if self.end_step - self.begin_step < self.frequency:
-            raise ValueError(
-                f"PolynomialDecay never gets past initial_sparsity={self.initial_sparsity}: the "
-                f"steps from begin_step={self.begin_step} to end_step={self.end_step} are fewer "
-                f"than frequency={self.frequency}, the steps between two updates. Lower frequency "
-                "or raise end_step."
-            )
+        self._validate_ramp(f"initial_sparsity={self.initial_sparsity}")
 
     @property
     def reached_at(self) -> int:
         return self.latest_update(self.end_step)
 
     def sparsity_at(self, step):
-        done = tf.cast(_as_tensor(step) - self.begin_step, tf.float32)
+        done = tf.cast(self._steps(step) - self.begin_step, tf.float32)
         done = tf.clip_by_value(done / (self.end_step - self.begin_step), 0.0, 1.0)
         missing = (self.initial_sparsity - self.final_sparsity) * tf.pow(1.0 - done, self.power)
         return _as_given(missing + self.final_sparsity, step)
@@ -209,8 +348,11 @@ def levels(schedule: Schedule) -> np.ndarray:
     return np.array([schedule.sparsity_at(step) for step in updates], np.float32)
 
 
-def _as_tensor(step):
-    return step if tf.is_tensor(step) else tf.convert_to_tensor(step, tf.int64)
+def require_integer(what, value, least):
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise ValueError(f"{what} must be an integer. Received: {value!r}")
+    if value < least:
+        raise ValueError(f"{what} must be ≥ {least}. Received: {value}")
 
 
 def _as_given(value, step):
