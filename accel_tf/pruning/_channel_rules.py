@@ -144,11 +144,8 @@ class PerChannel(Channelwise):
     """Layers with weights of one number per channel: BatchNormalization, LayerScale, PReLU."""
 
     def link(self, graph, part, call, xs):
-        layer, (x,) = call.layer, xs
-        if type(layer) is _L.BatchNormalization and layer.axis not in (
-            -1,
-            len(call.inputs[0].shape) - 1,
-        ):
+        layer, (x,), last = call.layer, xs, len(call.inputs[0].shape) - 1
+        if type(layer) is _L.BatchNormalization and layer.axis not in (-1, last):
             return f"it normalizes axis {layer.axis}, which is not the last"
         for w in layer.weights:
             if w.shape and w.shape[-1] == len(x):
@@ -195,7 +192,7 @@ class Mix(Channelwise):
                 for segment in tied.reshape(groups, -1)[1:]:
                     graph.tie(tied[: len(segment)], segment)
             last = len(layer.kernel.shape) - 1
-            inputs, outputs = (last - 1, last)
+            inputs, outputs = last - 1, last
             if isinstance(layer, BaseConvTranspose):
                 inputs, outputs = outputs, inputs
             part.slot(layer.kernel, inputs, x[: len(x) // groups])
@@ -269,8 +266,7 @@ class Response:
             size = kernel.shape[:-2]
             flat = kernel.reshape(-1, *kernel.shape[-2:])
             gain, touched = flat.sum(0), np.any(flat, axis=0)
-            depthwise = hasattr(layer, "depth_multiplier")
-            if depthwise:  # (in, multiplier)
+            if hasattr(layer, "depth_multiplier"):  # depthwise: (in, multiplier)
                 gain, touched = gain[:, None], touched[:, None]
             else:
                 split = (gain.shape[0], getattr(layer, "groups", 1), -1)
@@ -298,8 +294,10 @@ def rule_of(layer, xs) -> Channelwise | str:
         return _DEPTHWISE
     if kind in _RULES:
         return _RULES[kind]
-    if kind.__name__ in ("LayerNormalization", "GroupNormalization", "RMSNormalization"):
+    if kind in (_L.LayerNormalization, _L.GroupNormalization, _L.RMSNormalization):
         return f"{kind.__name__} takes its statistics over the channels: fewer would change them"
+    if kind is _L.Normalization:
+        return "Normalization scales each channel by a number of its configuration"
     return f"{kind.__name__} has no rule that says what becomes of its channels"
 
 
@@ -338,7 +336,7 @@ def _summed(part, layer, x):
 
 
 def _arguments(call) -> list:
-    """What the call was given: tensors, and the numbers among them; a merging layer's weights."""
+    """The tensors and the numbers that the call was given, in their order."""
     operation, index, _ = call.outputs[0]._keras_history
     given = operation._inbound_nodes[index].arguments
     return [

@@ -135,7 +135,7 @@ def remove_channels(
     >>> print(at.report_of(small))
     remove_channels: 2 layers changed, 0 left alone
     layer   changed  note
-    ------  -------  -------------------------------------------------------------------------------
+    ------  -------  -------------------------------------------------------------------------
     hidden  yes      outputs 6 → 3, weights 54 → 27
     head    yes      inputs 6 → 3, weights 14 → 8; outputs stay: they are outputs of the model
     >>> at.mask_channels(model, 0.5).done[0].note, small.count_params()

@@ -164,3 +164,22 @@ def test_rebuild_leaves_compilation_to_the_caller():
     model.compile("sgd", lambda y, p: p)
     new = layers.rebuild(model, lambda path, layer: None)
     assert model.compiled and not new.compiled
+
+
+def test_rebuild_can_change_the_shapes_of_nested_inputs():
+    inner = keras.Sequential([keras.Input((4,)), keras.layers.ReLU()], name="inner")
+    t = keras.Input((4,))
+    graph = keras.Model(t, keras.layers.ReLU()(t), name="graph")
+    x = keras.Input((3,))
+    model = keras.Model(x, graph(inner(keras.layers.Dense(4, name="wide")(x))))
+
+    def replace(path, layer):
+        return keras.layers.Dense(2, name="wide") if layer.name == "wide" else None
+
+    def input_shape(tensor):
+        return (None, 2) if tensor.shape[-1] == 4 else tensor.shape
+
+    new = layers.rebuild(model, replace, input_shape=input_shape)
+    assert new.output_shape == (None, 2)
+    assert new.get_layer("inner").input_shape == new.get_layer("graph").input_shape == (None, 2)
+    assert isinstance(new.get_layer("inner"), keras.Sequential)

@@ -405,6 +405,16 @@ def test_of_channels_that_are_all_masked_one_remains():
     assert_equal(small, model, data(model))
 
 
+def test_channels_that_prune_made_zero_are_removed():
+    model = mlp()
+    for name in ("a", "b"):
+        model.get_layer(name).bias.assign(np.zeros(model.get_layer(name).units))
+    at.prune(model, at.ConstantSparsity(0.5), pattern=at.Channels(), exclude="head")
+    small = at.remove_channels(model)
+    assert (units(small, "a"), units(small, "b")) == (5, 3)
+    assert_equal(small, model, data(model))
+
+
 # Which go
 
 
