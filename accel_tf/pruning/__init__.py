@@ -20,8 +20,8 @@ kernels run no faster. `accel_tf.sparsify` replaces layers by ones that skip the
 """
 
 from accel_tf.pruning._channels import mask_channels, remove_channels
-from accel_tf.pruning._dynamic import SET, RigL, train_sparse
 from accel_tf.pruning._curves import CosineDecay, Cyclical, ExponentialDecay, FunctionSchedule
+from accel_tf.pruning._dynamic import SET, RigL, train_sparse
 from accel_tf.pruning._patterns import NM, Block, Channels, Pattern, Unstructured
 from accel_tf.pruning._prune import SparsityTable, prune, sparsity
 from accel_tf.pruning._schedules import ConstantSparsity, OneShot, PolynomialDecay, Schedule
