@@ -21,6 +21,11 @@ SCHEDULES = [
     at.FunctionSchedule(lambda step: step / 1001, end_step=1000, begin_step=20, frequency=13),
 ]
 
+# Not their `repr`: a function's has its address, and each worker of pytest would name it otherwise.
+EACH = pytest.mark.parametrize(
+    "schedule", SCHEDULES, ids=[f"{type(s).__name__}-{i}" for i, s in enumerate(SCHEDULES)]
+)
+
 
 def updates(schedule, until):
     """The definition, step by step."""
@@ -32,12 +37,12 @@ def updates(schedule, until):
     ]
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
+@EACH
 def test_config_round_trip(schedule):
     assert type(schedule).from_config(schedule.get_config()) == schedule
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
+@EACH
 def test_updates_are_at_the_defined_steps(schedule):
     expected, until = updates(schedule, 1200), 1200
     steps = tf.range(until, dtype=tf.int64)
@@ -48,7 +53,7 @@ def test_updates_are_at_the_defined_steps(schedule):
     assert schedule.updates_at(expected[-1]) is True
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
+@EACH
 def test_python_graph_and_table_agree(schedule):
     steps = np.arange(1200)
     python = [schedule.sparsity_at(int(t)) for t in steps]
