@@ -3,7 +3,7 @@
 The map of the package; each technique is a module of its own name:
 
     measure      compare, measure_latency                          accel_tf.benchmark
-    prune        prune, sparsity, ConstantSparsity, …              accel_tf.pruning
+    prune        prune, train_sparse, remove_channels, …           accel_tf.pruning
     quantize     quantize_aware, calibrate, Int8                   accel_tf.quantization
     fuse         fuse                                              accel_tf.fusion
     sparse       sparsify, sparse_matmul, SparseMatrix, …          accel_tf.sparse

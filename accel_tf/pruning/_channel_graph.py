@@ -99,9 +99,8 @@ class ChannelGraph:
         self._paths = {id(layer): path for path, layer in layers.walk(model)}
         self._follow(model)
         for tensor in model.outputs:
-            if (
-                self.ids[id(tensor)] is not None
-            ):  # the reason that counts, whatever others there are
+            # First, as it is the reason that counts, whatever others there are.
+            if self.ids[id(tensor)] is not None:
                 self._pins.insert(0, (self.ids[id(tensor)], "they are outputs of the model"))
         self.root = np.array([self._find(i) for i in range(len(self._parent))], int)
         self.pinned: dict[int, str] = {}

@@ -97,7 +97,7 @@ class Block(Pattern):
 
     Args:
         shape: Two integers ≥ 1: how many inputs by how many outputs.
-        pooling: What of |w| scores a block, "AVG" or "MAX".
+        pooling: What of its magnitudes scores a block, "AVG" or "MAX".
 
     Raises:
         ValueError: An argument is not what is expected.
