@@ -9,6 +9,7 @@
     _channels    mask_channels, remove_channels        whole channels to zero, and out of the model
     _dynamic     train_sparse, SET, RigL               sparse from the first step, rewired on the way
     _rewiring    the masks that `train_sparse` moves
+    _config      what of them goes into a dictionary, and comes back
     _forms       which axes of a kernel are its inputs and outputs
     _constraint  the weight constraint that `prune` puts on the variables
     _selection   which variables of a model are pruned by default, by `include` and `exclude`

@@ -16,8 +16,17 @@ from accel_tf.pruning._schedules import Schedule, _as_given, _epoch, require_int
 _ROUNDING = 1e-9  # shares of a cycle are rounded; updates are much farther apart
 
 
+@dataclasses.dataclass(frozen=True, repr=False)
 class _Curve(Schedule):
     """What the curves share: a function `_curve` of the progress, from 0 to 1 at the last update."""
+
+    final_sparsity: float
+    end_step: int | None = None
+    initial_sparsity: float = 0.0
+    begin_step: int = 0
+    frequency: int = 100
+    begin_epoch: float | None = _epoch()
+    end_epoch: float | None = _epoch()
 
     def __post_init__(self):
         self._validate("initial_sparsity", "final_sparsity")
@@ -68,14 +77,6 @@ class CosineDecay(_Curve):
     rates; https://arxiv.org/abs/1608.03983.
     """
 
-    final_sparsity: float
-    end_step: int | None = None
-    initial_sparsity: float = 0.0
-    begin_step: int = 0
-    frequency: int = 100
-    begin_epoch: float | None = _epoch()
-    end_epoch: float | None = _epoch()
-
     def _curve(self, done):
         left = (1.0 + tf.cos(math.pi * done)) / 2.0
         return self.final_sparsity + (self.initial_sparsity - self.final_sparsity) * left
@@ -110,14 +111,6 @@ class ExponentialDecay(_Curve):
     Reference: Frankle and Carbin, "The lottery ticket hypothesis" (2019), section 1: each of n rounds
     prunes p^(1/n) of the weights that survive; https://arxiv.org/abs/1803.03635.
     """
-
-    final_sparsity: float
-    end_step: int | None = None
-    initial_sparsity: float = 0.0
-    begin_step: int = 0
-    frequency: int = 100
-    begin_epoch: float | None = _epoch()
-    end_epoch: float | None = _epoch()
 
     def _curve(self, done):
         density = 1.0 - self.initial_sparsity

@@ -12,6 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from accel_tf.layers import require_model
+from accel_tf.pruning._config import Configured
 from accel_tf.pruning._constraint import MaskConstraint, StepCounter
 from accel_tf.pruning._forms import form_of
 from accel_tf.pruning._rewiring import RewiredConstraint, RewiredMask
@@ -22,7 +23,7 @@ _DISTRIBUTIONS = ("uniform", "erdos_renyi", "erdos_renyi_kernel")
 
 
 @dataclasses.dataclass(frozen=True)
-class SET:
+class SET(Configured):
     """Sparse evolutionary training: drops the smallest weights, grows as many at random.
 
     Every `frequency` steps, in each kernel, the `fraction` of the active weights that is smallest in
@@ -124,15 +125,6 @@ class SET:
         """Returns how many of `kept` active weights, of `n` in all, a rewiring at `step` replaces."""
         wanted = tf.round(tf.cast(self.fraction_at(step), tf.float32) * float(kept))
         return tf.minimum(tf.cast(wanted, tf.int32), n - kept)
-
-    def get_config(self) -> dict:
-        """Returns the arguments as a dictionary of plain values, for `from_config`."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_config(cls, config: dict):
-        """Makes the method anew from what `get_config` returned."""
-        return cls(**config)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,10 +12,11 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from accel_tf.pruning._config import Configured
 from accel_tf.pruning._schedules import Schedule, levels
 
 
-class Pattern:
+class Pattern(Configured):
     """What the patterns share. A subclass is a frozen dataclass with `scores` and `expand`."""
 
     def scores(self, weights: tf.Tensor) -> tf.Tensor:
@@ -48,15 +49,6 @@ class Pattern:
     def remark(self, shape) -> str:
         """Returns what to say of a kernel of `shape` (…, inputs, outputs) in the report, or ""."""
         return repr(self)
-
-    def get_config(self) -> dict:
-        """Returns the arguments, for `from_config`."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_config(cls, config: dict):
-        """Makes the pattern anew from what `get_config` returned."""
-        return cls(**config)
 
 
 @dataclasses.dataclass(frozen=True)

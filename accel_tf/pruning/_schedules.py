@@ -13,8 +13,10 @@ import math
 import numpy as np
 import tensorflow as tf
 
+from accel_tf.pruning._config import Configured
 
-class Schedule:
+
+class Schedule(Configured):
     """What the schedules share: the steps at which they update the mask, and their configuration.
 
     A subclass is a frozen dataclass with `begin_step`, `end_step` (-1: there is no end) and
@@ -113,16 +115,6 @@ class Schedule:
             end = begin + (length // self.frequency * self.frequency or length)
             changes |= {"end_step": end, "end_epoch": None}
         return dataclasses.replace(self, **changes)
-
-    def get_config(self) -> dict:
-        """Returns the arguments as a dictionary of plain numbers, for `from_config`."""
-        config = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {k: v for k, v in config.items() if v is not None}
-
-    @classmethod
-    def from_config(cls, config: dict):
-        """Makes the schedule anew from what `get_config` returned."""
-        return cls(**config)
 
     def __repr__(self):
         arguments = (f"{name}={value!r}" for name, value in self.get_config().items())

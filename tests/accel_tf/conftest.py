@@ -8,12 +8,17 @@ import time
 
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # before TensorFlow is imported
 
+import hypothesis
 import keras
 import pytest
 import tensorflow as tf
 
 import accel_tf as at
 from accel_tf.sparse import _choice
+
+# How long a generated case takes says nothing on a busy machine; times belong to benchmarks/.
+hypothesis.settings.register_profile("accel_tf", deadline=None)
+hypothesis.settings.load_profile("accel_tf")
 
 # MirroredStrategy needs two devices; the rest of the tests run on the first and take no notice.
 _cpu = tf.config.list_physical_devices("CPU")[0]

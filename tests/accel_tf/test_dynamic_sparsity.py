@@ -314,7 +314,7 @@ SHAPES = st.lists(
 @given(
     SHAPES, st.floats(0, 0.999), st.sampled_from(["uniform", "erdos_renyi", "erdos_renyi_kernel"])
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_active_weights_add_up(shapes, sparsity, distribution):
     sizes = np.array([math.prod(shape) for shape in shapes])
     kept = np.array(active_weights(shapes, sparsity, distribution))

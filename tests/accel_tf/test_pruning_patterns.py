@@ -62,7 +62,7 @@ def test_config_round_trip(pattern):
     assert hash(pattern) == hash(type(pattern).from_config(pattern.get_config()))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     rows=st.integers(1, 12),
     columns=st.integers(1, 12),
@@ -89,7 +89,7 @@ def test_blocks_are_the_definition(rows, columns, height, width, pooling, sparsi
         assert max(dropped, default=0) <= lowest + 1e-6
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     shape=st.lists(st.integers(1, 9), min_size=2, max_size=4),
     n=st.integers(1, 4),

@@ -93,7 +93,7 @@ def test_a_scheme_rejects_a_momentum_outside_the_unit_interval(momentum):
 # Fake quantization
 
 
-@hypothesis.settings(deadline=None, max_examples=40)
+@hypothesis.settings(max_examples=40)
 @hypothesis.given(
     st.lists(st.integers(1, 4), min_size=1, max_size=4),
     st.integers(2, 8),
@@ -134,7 +134,7 @@ def test_the_gradient_passes_straight_through_the_rounding():
     np.testing.assert_array_equal(tape.gradient(y, x), [0.0, 1.0, 0.0])
 
 
-@hypothesis.settings(deadline=None, max_examples=30)
+@hypothesis.settings(max_examples=30)
 @hypothesis.given(
     st.lists(
         st.lists(st.floats(-100, 100, width=32), min_size=1, max_size=5), min_size=1, max_size=6

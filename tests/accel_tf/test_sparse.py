@@ -43,7 +43,7 @@ def assert_near(got, want, magnitude):
     np.testing.assert_array_less(np.abs(got - want), 1e-5 * magnitude + 1e-30)
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=250)
 @given(problems(), st.sampled_from(FORMATS), st.booleans(), st.booleans())
 def test_product_and_gradients_equal_dense_float64(problem, format, with_bias, int8):
     x, w = problem
@@ -75,7 +75,7 @@ def test_product_and_gradients_equal_dense_float64(problem, format, with_bias, i
         assert_near(dvalues, (x64.T @ dy64).T[pattern], (abs(x64).T @ abs(dy64)).T[pattern])
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(problems(), st.sampled_from(FORMATS))
 def test_from_dense_and_back(problem, format):
     _, w = problem

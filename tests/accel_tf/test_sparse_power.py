@@ -45,7 +45,7 @@ def pattern(m: scipy.sparse.csr_matrix) -> scipy.sparse.csr_matrix:
     return scipy.sparse.csr_matrix((np.ones(m.indices.size), m.indices, m.indptr), m.shape)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(pairs())
 def test_product_has_the_pattern_and_the_values_of_scipys(pair):
     a, b = pair
@@ -63,7 +63,7 @@ def test_product_has_the_pattern_and_the_values_of_scipys(pair):
         assert (pointers.dtype, columns.dtype, values.dtype) == (tf.int64, tf.int32, tf.float32)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(0, 2**32 - 1), st.sampled_from([0.02, 0.2, 1.0]))
 def test_operator_is_the_matrix_product(seed, density):
     rng = np.random.default_rng(seed)
@@ -165,7 +165,7 @@ def walk(rng, n, degree):
     return w
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.integers(1, 60), st.integers(1, 5), st.integers(0, 40),
     st.sampled_from([0, 0.1, 0.5, 1]), st.integers(0, 2**32 - 1),
