@@ -258,7 +258,7 @@ blocks = st.lists(
 )
 
 
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=12, derandomize=True)
 @given(blocks, st.sampled_from([0.25, 0.5, 0.9]), st.integers(0, 3))
 def test_any_composition(names, amount, seed):
     same = {"padding": "same"}

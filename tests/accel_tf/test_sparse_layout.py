@@ -70,7 +70,7 @@ def patterns(draw):
 
 
 @pytest.mark.parametrize("height, shared", HEIGHTS.values())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(patterns())
 @example((np.ones((3, 600)), {}))
 def test_layout(height, shared, pattern):
