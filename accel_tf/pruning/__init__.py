@@ -5,12 +5,14 @@
     _schedules   ConstantSparsity, PolynomialDecay, …  how sparse, at which step; as in TFMOT
     _curves      CosineDecay, Cyclical, …              the schedules that TFMOT does not have
     _patterns    Unstructured, Block, NM, Channels     which weights go together
+    _criteria    Magnitude, Movement, Taylor, …        which of them go first
     _prune       prune, sparsity                       the verb, and how sparse a model is
     _channels    mask_channels, remove_channels        whole channels to zero, and out of the model
     _dynamic     train_sparse, SET, RigL               sparse from the first step, rewired on the way
     _rewiring    the masks that `train_sparse` moves
     _config      what of them goes into a dictionary, and comes back
     _forms       which axes of a kernel are its inputs and outputs
+    _distribution                                      how kernels share the active weights
     _constraint  the weight constraint that `prune` puts on the variables
     _selection   which variables of a model are pruned by default, by `include` and `exclude`
     _channel_graph, _channel_rules, _channel_choice    which channels depend on one another, and go
@@ -21,6 +23,7 @@ kernels run no faster. `accel_tf.sparsify` replaces layers by ones that skip the
 """
 
 from accel_tf.pruning._channels import mask_channels, remove_channels
+from accel_tf.pruning._criteria import Criterion, Magnitude, Movement, SoftThreshold, Taylor
 from accel_tf.pruning._curves import CosineDecay, Cyclical, ExponentialDecay, FunctionSchedule
 from accel_tf.pruning._dynamic import SET, RigL, train_sparse
 from accel_tf.pruning._patterns import NM, Block, Channels, Pattern, Unstructured
@@ -34,15 +37,20 @@ __all__ = [
     "Channels",
     "ConstantSparsity",
     "CosineDecay",
+    "Criterion",
     "Cyclical",
     "ExponentialDecay",
     "FunctionSchedule",
+    "Magnitude",
+    "Movement",
     "OneShot",
     "Pattern",
     "PolynomialDecay",
     "RigL",
     "Schedule",
+    "SoftThreshold",
     "SparsityTable",
+    "Taylor",
     "Unstructured",
     "mask_channels",
     "prune",

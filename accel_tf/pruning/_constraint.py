@@ -1,6 +1,6 @@
 """The weight constraint that `prune` puts on variables: Keras applies it after each optimizer step.
 
-`Masks` holds the masks that one call of `prune` decides together: of one weight, or of all with
+`Scores` say what a weight is worth, those of `_criteria` and here that of its magnitude. `Masks` holds the masks that one call of `prune` decides together: of one weight, or of all with
 scope "global". `MaskConstraint` applies one of them to its weight.
 """
 
@@ -29,6 +29,19 @@ class StepCounter:
 
     def __call__(self) -> tf.Tensor:
         """Returns the step, an int64 scalar, that the optimizer is just completing."""
+        # Keras applies constraints before it counts the batch.
+        return self._steps(1)
+
+    def completed(self) -> tf.Tensor:
+        """Returns the last step, an int64 scalar, that the optimizer has completed."""
+        return self._steps(0)
+
+    def optimizer(self) -> keras.optimizers.Optimizer:
+        """Returns the optimizer that trains the model, without what scales its loss.
+
+        Raises:
+            ValueError: There is none, or it is one that would not leave zeros.
+        """
         optimizer = self._given or getattr(self._model, "optimizer", None)
         if optimizer is None or not optimizer.built:
             state = "is not compiled" if optimizer is None else "is trained by another optimizer"
@@ -44,12 +57,37 @@ class StepCounter:
                 "replaces the weights by a moving average, in which pruned weights are not zero. "
                 "Train with use_ema=False while the model is pruned."
             )
+        return inner
+
+    def _steps(self, batches):
+        inner = self.optimizer()
         # A model that was compiled anew since `prune` has an optimizer that starts at zero.
-        offset = self._offset if optimizer is self._at_call else self._initial
-        # Keras applies constraints before it counts the batch. With gradient accumulation a step
-        # is several batches, of which `optimizer.iterations` tells whole steps only.
-        batches = tf.cast(inner._iterations.value, tf.int64) + 1
+        at_call = getattr(self._at_call, "inner_optimizer", self._at_call)
+        offset = self._offset if inner is at_call else self._initial
+        # With gradient accumulation a step is several batches, of which `optimizer.iterations` tells
+        # whole steps only.
+        batches += tf.cast(inner._iterations.value, tf.int64)
         return batches // (inner.gradient_accumulation_steps or 1) + offset
+
+
+class Scores:
+    """What weights are worth, by their magnitude; other criteria override what they do otherwise."""
+
+    ready = True  # Whether it can tell before the first step
+
+    def of(self, variable) -> tf.Tensor:
+        """Returns the scores of a Keras variable's elements, float32, of its shape."""
+        return magnitude(variable)
+
+    def after_step(self, variable, w):
+        """Returns what becomes of `w`, the variable as an optimizer step left it, before its mask."""
+        return w
+
+    def book(self, variable, masked) -> None:
+        """Takes note of a step, before the variable becomes `masked`."""
+
+    def follow(self, variable) -> None:
+        """Takes note that the variable was changed from outside, before the step that is traced."""
 
 
 class Masks:
@@ -61,6 +99,8 @@ class Masks:
         pattern: Which weights go together.
         step: A `StepCounter`.
         forms: Which axes of a variable are inputs, by its id; by default, all but the last.
+        scores: The `Scores` that decide; by default by magnitude.
+        levels: The sparsity at each update, if it is not that of the schedule.
     """
 
     def __init__(
@@ -70,20 +110,20 @@ class Masks:
         pattern: Pattern,
         step: StepCounter,
         forms: dict[int, Form] | None = None,
+        scores: Scores | None = None,
+        levels=None,
     ):
         self.variables = list(variables)
         self.schedule, self.pattern, self._step = schedule, pattern, step
+        self.scores = scores or Scores()
         self._forms = forms or {id(v): form_of(v) for v in self.variables}
-        self._levels = tf.constant(pattern.levels(schedule))
-        # The masks live where the weights do. Replicas hold equal weights, hence decide alike: each
-        # updates its own copy, because a conditional update must not wait for other replicas.
-        strategy = getattr(self.variables[0].value, "distribute_strategy", None)
-        with (strategy or tf.distribute.get_strategy()).scope():
-            self.masks = {
-                id(v): _local_variable(tf.ones(v.shape, tf.bool), "pruning_mask")
-                for v in self.variables
-            }
-            self.latest = _local_variable(tf.constant(-1, tf.int64), "latest_update")
+        self._levels = tf.constant(pattern.levels(schedule) if levels is None else levels)
+        self.masks = {
+            id(v): local_variable(tf.ones(v.shape, tf.bool), "pruning_mask", v)
+            for v in self.variables
+        }
+        latest = tf.constant(-1, tf.int64)
+        self.latest = local_variable(latest, "latest_update", self.variables[0])
         self._traced = tf.function(self._decide)
 
     @property
@@ -100,22 +140,50 @@ class Masks:
         self.variables = [v for v in self.variables if v is not variable]
         self._traced = tf.function(self._decide)
 
-    def update(self, step=None) -> None:
+    def holds(self, variable) -> bool:
+        """Returns whether a weight, as it is, is zero wherever its mask says so."""
+        mask = tf.convert_to_tensor(self.masks[id(variable)])
+        return not tf.reduce_any(tf.not_equal(variable.value, 0) & ~mask)
+
+    def start(self, step: int) -> None:
+        """Decides about the weights as they are, at the schedule's `step`, an `int`."""
+        due = tf.constant(self.schedule.latest_update(step), tf.int64)
+        if due >= 0:
+            # Before the first step there may be no score, and none is needed where training goes
+            # on: what was pruned is zero.
+            self._decide(due, self.scores if self.scores.ready else Scores())
+
+    def update(self, variable) -> None:
         """Updates the masks if the schedule has an update since the last one.
 
         Args:
-            step: The schedule's step, an int64 scalar; by default the optimizer's.
+            variable: The weight whose constraint is being applied.
         """
-        due = self.schedule.latest_update(self._step() if step is None else step)
+        if tf.inside_function():
+            with tf.init_scope():
+                self._follow(variable)
+        due = self.schedule.latest_update(self._step())
         # Not `updates_at(step)`: the first weight's constraint updates the masks of all, and a run
         # resumed from a checkpoint has to catch up.
         # Each weight's constraint contains the update, so in a graph the update of all weights
         # together is a function: it is traced once, not once for each weight.
-        shared = len(self.variables) > 1 and not tf.executing_eagerly()
+        shared = len(self.variables) > 1 and tf.inside_function()
         decide = self._traced if shared else self._decide
         tf.cond(tf.not_equal(due, self.latest), lambda: decide(due), lambda: None)
 
-    def _decide(self, due):
+    def _follow(self, variable):
+        """Lets the masks follow from weights that were restored, before the step that is traced.
+
+        `keras.callbacks.BackupAndRestore` restores them when `fit` starts. Their zeros tell what was
+        pruned, whatever the criterion was. After the step it would be too late: zeros have moved.
+        """
+        due = self.schedule.latest_update(self._step.completed())
+        if int(due) != int(self.latest.numpy()) or not self.holds(variable):
+            self._decide(due, Scores())
+        self.scores.follow(variable)
+
+    def _decide(self, due, scores=None):
+        scores = scores or self.scores
         frozen = [v.path for v in self.variables if not v.trainable]
         if frozen and len(self.variables) > 1:
             raise ValueError(
@@ -127,11 +195,9 @@ class Masks:
         sparsity = tf.gather(self._levels, tf.clip_by_value(index, 0, last))
         forms = [self._forms[id(v)] for v in self.variables]
         kernels = zip(forms, self.variables, strict=True)
-        scores = [
-            self.pattern.scores(form.of(tf.convert_to_tensor(v.value))) for form, v in kernels
-        ]
-        keep = keep_largest(tf.concat(scores, axis=0), sparsity)
-        parts = tf.split(keep, [s.shape[0] for s in scores])
+        units = [self.pattern.scores(form.of(scores.of(v))) for form, v in kernels]
+        keep = keep_largest(tf.concat(units, axis=0), sparsity)
+        parts = tf.split(keep, [s.shape[0] for s in units])
         for form, v, part in zip(forms, self.variables, parts, strict=True):
             mask = self.pattern.expand(part, form.shape(v.shape))
             self.masks[id(v)].assign(form.back(mask, v.shape))
@@ -154,8 +220,11 @@ class MaskConstraint(keras.constraints.Constraint):
         self._variable = variable
 
     def __call__(self, w):
-        self.masks.update()
-        return self.apply(w)
+        self.masks.update(self._variable)
+        scores = self.masks.scores
+        masked = self.apply(scores.after_step(self._variable, w))
+        scores.book(self._variable, masked)
+        return masked
 
     def apply(self, w):
         """Returns `w` with the mask as it stands: zeros, not the −0.0 of a product."""
@@ -168,11 +237,23 @@ class MaskConstraint(keras.constraints.Constraint):
         return masked
 
 
-def _local_variable(value, name):
-    return tf.Variable(
-        value,
-        trainable=False,
-        name=name,
-        synchronization=tf.VariableSynchronization.ON_READ,
-        aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA,
-    )
+def magnitude(variable) -> tf.Tensor:
+    """Returns the magnitudes of a Keras variable's elements, float32."""
+    return tf.abs(tf.cast(tf.convert_to_tensor(variable.value), tf.float32))
+
+
+def local_variable(value, name, like) -> tf.Variable:
+    """Returns a variable that lives where the Keras variable `like` does, and is no weight.
+
+    Replicas hold equal weights, hence decide alike: each updates its own copy, because a conditional
+    update must not wait for other replicas.
+    """
+    strategy = getattr(like.value, "distribute_strategy", None)
+    with (strategy or tf.distribute.get_strategy()).scope():
+        return tf.Variable(
+            value,
+            trainable=False,
+            name=name,
+            synchronization=tf.VariableSynchronization.ON_READ,
+            aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA,
+        )

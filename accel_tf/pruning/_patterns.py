@@ -19,14 +19,14 @@ from accel_tf.pruning._schedules import Schedule, levels
 class Pattern(Configured):
     """What the patterns share. A subclass is a frozen dataclass with `scores` and `expand`."""
 
-    def scores(self, weights: tf.Tensor) -> tf.Tensor:
+    def scores(self, importance: tf.Tensor) -> tf.Tensor:
         """Returns the importance of each unit, as a vector.
 
         Args:
-            weights: A float tensor (…, inputs, outputs).
+            importance: What each weight is worth, its magnitude say, float32 (…, inputs, outputs).
 
         Returns:
-            A float vector. A unit whose score is infinite is never pruned.
+            A float32 vector. A unit whose score is infinite is never pruned.
         """
         raise NotImplementedError
 
@@ -60,15 +60,15 @@ class Unstructured(Pattern):
 
     Example:
 
-    >>> Unstructured().scores(tf.constant([[1.0, -3.0]])).numpy()
+    >>> Unstructured().scores(tf.constant([[1.0, 3.0]])).numpy()
     array([1., 3.], dtype=float32)
 
     Reference: Han et al., "Learning both weights and connections" (2015);
     https://arxiv.org/abs/1506.02626.
     """
 
-    def scores(self, weights):
-        return tf.reshape(tf.abs(weights), [-1])
+    def scores(self, importance):
+        return tf.reshape(importance, [-1])
 
     def remark(self, shape):
         return ""
@@ -117,8 +117,8 @@ class Block(Pattern):
         if self.pooling not in ("AVG", "MAX"):
             raise ValueError(f'Block: pooling is "AVG" or "MAX". Received: {self.pooling!r}')
 
-    def scores(self, weights):
-        size = _matrix(weights.shape)
+    def scores(self, importance):
+        size = _matrix(importance.shape)
         blocks = self._blocks(size)
         # SAME padding: what is missing goes to both sides, the odd one to the end.
         missing = [n * b - s for n, b, s in zip(blocks, self.shape, size, strict=True)]
@@ -128,10 +128,9 @@ class Block(Pattern):
             (rows, columns), (height, width) = blocks, self.shape
             return matrix.reshape(rows, height, columns, width)
 
-        magnitudes = tf.reshape(tf.abs(tf.cast(weights, tf.float32)), size)
-        pieces = tf.reshape(
-            tf.pad(magnitudes, padding), split(np.empty(np.add(size, missing))).shape
-        )
+        outside = -math.inf if self.pooling == "MAX" else 0.0
+        padded = tf.pad(tf.reshape(importance, size), padding, constant_values=outside)
+        pieces = tf.reshape(padded, split(np.empty(np.add(size, missing))).shape)
         if self.pooling == "MAX":
             return tf.reshape(tf.reduce_max(pieces, axis=(1, 3)), [-1])
         counts = split(np.pad(np.ones(size, np.float32), padding)).sum(axis=(1, 3))
@@ -202,11 +201,11 @@ class NM(Pattern):
         """The fraction of zeros, n / m."""
         return self.n / self.m
 
-    def scores(self, weights):
-        magnitudes = tf.cast(tf.abs(weights), tf.float32)
-        inputs, missing = weights.shape[-2], -weights.shape[-2] % self.m
-        rows = tf.linalg.matrix_transpose(magnitudes)
-        rows = tf.pad(rows, [(0, 0)] * (len(rows.shape) - 1) + [(0, missing)], constant_values=-1.0)
+    def scores(self, importance):
+        inputs, missing = importance.shape[-2], -importance.shape[-2] % self.m
+        rows = tf.linalg.matrix_transpose(importance)
+        padding = [(0, 0)] * (len(rows.shape) - 1) + [(0, missing)]
+        rows = tf.pad(rows, padding, constant_values=-math.inf)
         groups = tf.reshape(rows, [-1, self.m])
         # Ranks rather than a threshold: of equal weights exactly so many stay.
         ranks = tf.argsort(tf.argsort(groups, direction="DESCENDING"))
@@ -273,11 +272,11 @@ class Channels(Pattern):
         if self.criterion not in ("l2", "mean"):
             raise ValueError(f'Channels: criterion is "l2" or "mean". Received: {self.criterion!r}')
 
-    def scores(self, weights):
-        weights = tf.reshape(tf.cast(weights, tf.float32), _matrix(weights.shape))
+    def scores(self, importance):
+        importance = tf.reshape(importance, _matrix(importance.shape))
         if self.criterion == "l2":
-            return tf.norm(weights, axis=0)
-        return tf.reduce_mean(tf.abs(weights), axis=0)
+            return tf.norm(importance, axis=0)
+        return tf.reduce_mean(importance, axis=0)
 
     def expand(self, keep, shape):
         return tf.broadcast_to(keep, shape)

@@ -1,21 +1,25 @@
 """The verb `prune`, and the report `sparsity`."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import keras
 import numpy as np
-import tensorflow as tf
 
 from accel_tf.layers import require_model, walk
 from accel_tf.pruning._constraint import MaskConstraint, Masks, StepCounter
+from accel_tf.pruning._criteria import Criterion, Magnitude, SoftThreshold
 from accel_tf.pruning._curves import FunctionSchedule
+from accel_tf.pruning._distribution import active_weights
 from accel_tf.pruning._forms import form_of
-from accel_tf.pruning._patterns import Pattern, Unstructured
+from accel_tf.pruning._patterns import NM, Channels, Pattern, Unstructured
 from accel_tf.pruning._schedules import Schedule, require_integer
 from accel_tf.pruning._selection import Weight, is_kernel, weights_of
 from accel_tf.report import Entry, Report, Table, attach
 from accel_tf.sparse import SparseLayer
+
+_BY_SHAPE = ("erdos_renyi", "erdos_renyi_kernel")
 
 
 def prune(
@@ -23,6 +27,7 @@ def prune(
     schedule: Schedule | Callable[[int], float],
     *,
     pattern: Pattern = Unstructured(),  # noqa: B008 – frozen
+    criterion: Criterion = Magnitude(),  # noqa: B008 – frozen
     scope: str = "layer",
     include=None,
     exclude=None,
@@ -53,9 +58,14 @@ def prune(
             `step -> sparsity`, with `steps`.
         pattern: Which weights go together: `Unstructured()`, `Block((1, 4))`, `NM(2, 4)`,
             `Channels()`.
+        criterion: Which weights go first: `Magnitude()`, the smallest; `Movement()`, those that
+            training moves to zero; `Taylor(x, y)`, those that the loss misses least, as SNIP;
+            `SoftThreshold(strength)`, the smallest, which an L1 penalty makes exactly zero.
         scope: `"layer"` gives each kernel the schedule's sparsity; `"global"` gives it to all
             together, so that the smallest weights go wherever they are. That is more accurate at
-            high sparsity, but may empty a layer.
+            high sparsity, but may empty a layer. `"erdos_renyi"` and `"erdos_renyi_kernel"` give it
+            to all together, too, and share it by the kernels' shapes, so that small kernels stay
+            denser: see `SET`.
         include: Only these layers, and those below them: a layer, a layer class, a name or path with
             wildcards (`"block_*"`), a function `(path, layer) -> bool`, or a sequence of those. By
             default kernels of rank ≥ 2 are pruned, except depthwise ones; biases, normalization and
@@ -76,7 +86,8 @@ def prune(
 
     Raises:
         ValueError: The model is not built, nothing in it can be pruned, a selector matches no layer,
-            the schedule does not end within `steps`, or an argument is not what is expected.
+            the schedule does not end within `steps`, the criterion has no scores yet at a step that
+            prunes already, or an argument is not what is expected.
 
     Example:
 
@@ -95,19 +106,32 @@ def prune(
     """
     require_model(model, "prune")
     schedule = _in_steps(schedule, steps, steps_per_epoch)
-    _validate(schedule, pattern, scope, initial_step)
+    _validate(schedule, pattern, criterion, scope, initial_step)
     weights = [_with_obstacle(w, pattern) for w in weights_of(model, include, exclude)]
     chosen = [w.variable for w in weights if not w.reason]
     forms = {id(w.variable): form_of(w.variable, w.layer) for w in weights if not w.reason}
-    report = _report(weights, forms, schedule, pattern)
+    groups = [chosen] if scope == "global" else [[v] for v in chosen]
+    levels = _levels(groups, forms, schedule, pattern, scope)
+    goals = {}
+    for group, rise in zip(groups, levels, strict=True):
+        # The schedule's own number where it is for all: patterns may round theirs up.
+        goal = rise[-1] if scope in _BY_SHAPE else schedule.sparsity_at(schedule.reached_at)
+        goals |= {id(v): goal for v in group}
+    report = _report(weights, forms, goals, schedule, pattern, criterion)
     if not chosen:
         raise ValueError(f"Nothing in model {model.name!r} can be pruned:\n{report}")
 
     step = StepCounter(model, optimizer, initial_step)
-    groups = [chosen] if scope == "global" else [[v] for v in chosen]
-    for group in groups:
-        masks = Masks(group, schedule, pattern, step, forms)
-        masks.update(tf.constant(initial_step, tf.int64))
+    scores = criterion.bind(model, chosen, step)
+    for group, rise in zip(groups, levels, strict=True):
+        masks = Masks(group, schedule, pattern, step, forms, scores, rise)
+        masks.start(initial_step)
+        if not scores.ready and not all(map(masks.holds, group)):
+            raise ValueError(
+                f"{criterion!r} has no scores before training, and {schedule!r} prunes at step "
+                f"{initial_step} already. Begin later, or with no sparsity: "
+                "PolynomialDecay(0.9, end_step=…), OneShot(0.8, begin_step=…)."
+            )
         for v in group:
             _constrain(v, masks)
     if model.compiled:
@@ -211,17 +235,50 @@ def _in_steps(schedule, steps, steps_per_epoch) -> Schedule:
     return schedule
 
 
-def _validate(schedule, pattern, scope, initial_step):
+def _validate(schedule, pattern, criterion, scope, initial_step):
     if not isinstance(pattern, Pattern):
         raise ValueError(
             "prune expects a pattern such as Unstructured(), Block((1, 4)), NM(2, 4) or Channels(). "
             f"Received: {pattern!r}"
         )
+    if not isinstance(criterion, Criterion):
+        raise ValueError(
+            "prune expects a criterion: Magnitude(), Movement(), Taylor(x, y) or SoftThreshold(1e-4). "
+            f"Received: {criterion!r}"
+        )
+    if isinstance(pattern, Channels) and pattern.criterion == "l2" and criterion.signed:
+        raise ValueError(
+            f"The scores of {criterion!r} have signs, which the norm of {pattern!r} would hide: pass "
+            'Channels("mean").'
+        )
+    if isinstance(criterion, SoftThreshold) and not isinstance(pattern, Unstructured):
+        raise ValueError(
+            f"{criterion!r} sets single weights to zero, so it cannot keep {pattern!r}: pass "
+            "Unstructured() or another criterion."
+        )
     pattern.levels(schedule)
-    if scope not in ("layer", "global"):
-        raise ValueError(f'scope is "layer" or "global". Received: {scope!r}')
+    if scope not in ("layer", "global", *_BY_SHAPE):
+        raise ValueError(
+            'scope is "layer", "global", "erdos_renyi" or "erdos_renyi_kernel". '
+            f"Received: {scope!r}"
+        )
+    if scope in _BY_SHAPE and isinstance(pattern, NM):
+        raise ValueError(
+            f"{pattern!r} gives each kernel the same sparsity; scope {scope!r} does not."
+        )
     if initial_step < 0:
         raise ValueError(f"initial_step must be ≥ 0. Received: {initial_step}")
+
+
+def _levels(groups, forms, schedule, pattern, scope) -> list[np.ndarray]:
+    """The sparsity of each group at each update of the schedule."""
+    together = pattern.levels(schedule)
+    if scope not in _BY_SHAPE:
+        return [together] * len(groups)
+    shapes = [forms[id(v)].shape(v.shape) for (v,) in groups]
+    sizes = np.array([math.prod(shape) for shape in shapes])
+    kept = [active_weights(shapes, float(sparsity), scope) for sparsity in together]
+    return list(np.float32(1 - np.array(kept) / sizes).T) if groups else []
 
 
 def _constrain(variable, masks: Masks):
@@ -240,8 +297,8 @@ def _with_obstacle(weight: Weight, pattern: Pattern) -> Weight:
     return weight._replace(reason=pattern.obstacle(shape, weight.layer))
 
 
-def _report(weights: list[Weight], forms, schedule: Schedule, pattern: Pattern) -> Report:
-    level, step = schedule.sparsity_at(schedule.reached_at), schedule.reached_at
+def _report(weights: list[Weight], forms, goals, schedule, pattern, criterion) -> Report:
+    by = "" if criterion == Magnitude() else repr(criterion)
     layers: dict[str, list[Weight]] = {}
     for weight in sorted(weights, key=lambda w: len(w.variable.shape) < 2):
         layers.setdefault(weight.path, []).append(weight)
@@ -250,9 +307,9 @@ def _report(weights: list[Weight], forms, schedule: Schedule, pattern: Pattern) 
         pruned, others = [], []
         for _, _, v, reason in layers[path]:
             if not reason:
-                remark = pattern.remark(forms[id(v)].shape(v.shape))
-                what = f"{v.name} {tuple(v.shape)}: {level:.4g} by step {step}"
-                pruned.append(f"{what}, {remark}" if remark else what)
+                goal = f"{goals[id(v)]:.4g} by step {schedule.reached_at}"
+                remarks = (goal, pattern.remark(forms[id(v)].shape(v.shape)), by)
+                pruned.append(f"{v.name} {tuple(v.shape)}: {', '.join(filter(None, remarks))}")
             elif len(v.shape) >= 2:
                 others.append(f"not {v.name}: {reason}")
         if pruned:

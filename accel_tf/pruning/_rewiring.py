@@ -12,7 +12,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from accel_tf.pruning._constraint import MaskConstraint, _local_variable
+from accel_tf.pruning._constraint import MaskConstraint, Scores, local_variable
 
 # An active element is never exactly zero: the zeros of a weight are its mask, also in a file. Small
 # enough to vanish in any sum, yet a normal number in float32 and bfloat16.
@@ -33,28 +33,26 @@ class RewiredMask:
     """
 
     unfinished = ""  # unlike pruning: the sparsity is the final one from the start
+    scores = Scores()  # of no use here: `method` decides
 
     def __init__(self, variable, kept: int, method, step, optimizer, index=0, initial_step=0):
         self.kept, self.method, self._index = kept, method, index
         self._variable, self._step, self._optimizer = variable, step, optimizer
-        # Replicas hold equal weights and decide alike, each for its own copy: see `Masks`.
-        strategy = getattr(variable.value, "distribute_strategy", None)
-        with (strategy or tf.distribute.get_strategy()).scope():
-            self._mask = _local_variable(self._mask_of_weights(), "rewired_mask")
-            latest = tf.constant(method.latest_update(initial_step), tf.int64)
-            self._latest = _local_variable(latest, "latest_update")
+        self._mask = local_variable(self._mask_of_weights(), "rewired_mask", variable)
+        latest = tf.constant(method.latest_update(initial_step), tf.int64)
+        self._latest = local_variable(latest, "latest_update", variable)
         self.masks = {id(variable): self._mask}
 
     def remove(self, variable) -> None:
         """Leaves the weight to another verb: nothing to do, as it shares its mask with none."""
 
-    def update(self) -> None:
+    def update(self, variable) -> None:
         """Moves the mask if a rewiring is due, then resets the state of what is inactive."""
         slots = state_of(self._variable, self._optimizer(), self.method)
         step = self._step()
         if tf.inside_function():
             with tf.init_scope():
-                self._follow_weights(self._step() - 1)
+                self._follow_weights(self._step.completed())
         due = self.method.latest_update(step)
         # Not `due > latest`: a model that is compiled anew begins to count anew.
         moves = (due > 0) & tf.not_equal(due, self._latest)

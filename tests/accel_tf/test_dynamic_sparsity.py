@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import accel_tf as at
-from accel_tf.pruning._dynamic import active_weights
+from accel_tf.pruning._distribution import active_weights
 
 LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 RNG = np.random.default_rng(0)

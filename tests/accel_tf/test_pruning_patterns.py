@@ -25,7 +25,7 @@ PATTERNS = [
 
 def mask_of(weights, pattern, sparsity):
     """The mask of a kernel (inputs, outputs), as `prune` decides it."""
-    scores = pattern.scores(tf.constant(weights))
+    scores = pattern.scores(tf.abs(tf.constant(weights)))
     return pattern.expand(keep_largest(scores, tf.constant(sparsity)), weights.shape).numpy()
 
 
