@@ -6,7 +6,8 @@
     _curves      CosineDecay, Cyclical, …              the schedules that TFMOT does not have
     _patterns    Unstructured, Block, NM, Channels     which weights go together
     _criteria    Magnitude, Movement, Taylor, …        which of them go first
-    _prune       prune, sparsity                       the verb, and how sparse a model is
+    _prune       prune                                 the verb
+    _sparsity    sparsity                              how sparse a model is, layer by layer
     _channels    mask_channels, remove_channels        whole channels to zero, and out of the model
     _dynamic     train_sparse, SET, RigL               sparse from the first step, rewired on the way
     _rewiring    the masks that `train_sparse` moves
@@ -27,8 +28,9 @@ from accel_tf.pruning._criteria import Criterion, Magnitude, Movement, SoftThres
 from accel_tf.pruning._curves import CosineDecay, Cyclical, ExponentialDecay, FunctionSchedule
 from accel_tf.pruning._dynamic import SET, RigL, train_sparse
 from accel_tf.pruning._patterns import NM, Block, Channels, Pattern, Unstructured
-from accel_tf.pruning._prune import SparsityTable, prune, sparsity
+from accel_tf.pruning._prune import prune
 from accel_tf.pruning._schedules import ConstantSparsity, OneShot, PolynomialDecay, Schedule
+from accel_tf.pruning._sparsity import SparsityTable, sparsity
 
 __all__ = [
     "NM",
