@@ -219,6 +219,16 @@ class MaskConstraint(keras.constraints.Constraint):
         self.masks, self.inner = masks, inner
         self._variable = variable
 
+    @classmethod
+    def attach(cls, masks: Masks, variable) -> None:
+        """Puts it on `variable`, in place of one that was there before, and applies it."""
+        inner = variable.constraint
+        if isinstance(inner, MaskConstraint):
+            inner.masks.remove(variable)
+            inner = inner.inner
+        variable.constraint = cls(masks, variable, inner)
+        variable.assign(variable.constraint.apply(variable))
+
     def __call__(self, w):
         self.masks.update(self._variable)
         scores = self.masks.scores

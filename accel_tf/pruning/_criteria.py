@@ -67,7 +67,7 @@ class Movement(Criterion):
     >>> print(at.prune(model, at.OneShot(0.5, begin_step=100), criterion=at.Movement()))
     prune: 1 layer changed, 0 left alone
     layer  changed  note
-    -----  -------  --------------------------------------------
+    -----  -------  ------------------------------------------
     head   yes      kernel (8, 4): 0.5 by step 100, Movement()
 
     Reference: Sanh et al., "Movement pruning: adaptive sparsity by fine-tuning", NeurIPS 2020,

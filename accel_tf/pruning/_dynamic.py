@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from accel_tf.layers import require_model
 from accel_tf.pruning._config import Configured
-from accel_tf.pruning._constraint import MaskConstraint, StepCounter
+from accel_tf.pruning._constraint import StepCounter
 from accel_tf.pruning._distribution import DISTRIBUTIONS, active_weights
 from accel_tf.pruning._forms import form_of
 from accel_tf.pruning._rewiring import RewiredConstraint, RewiredMask
@@ -256,12 +256,7 @@ def train_sparse(
 
     for index, (v, count) in enumerate(zip((w.variable for w in chosen), counts, strict=True)):
         mask = RewiredMask(v, count, method, step, trainer, index, initial_step)
-        inner = v.constraint
-        if isinstance(inner, MaskConstraint):  # pruned or rewired before: this method takes over
-            inner.masks.remove(v)
-            inner = inner.inner
-        v.constraint = RewiredConstraint(mask, v, inner)
-        v.assign(v.constraint.apply(v))
+        RewiredConstraint.attach(mask, v)
     if model.compiled:
         model.train_function = None  # traced without these constraints; `fit` makes it anew
     attach(model, report)

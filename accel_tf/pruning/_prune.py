@@ -131,7 +131,7 @@ def prune(
                 "PolynomialDecay(0.9, end_step=…), OneShot(0.8, begin_step=…)."
             )
         for v in group:
-            _constrain(v, masks)
+            MaskConstraint.attach(masks, v)
     if model.compiled:
         model.train_function = None  # traced without these constraints; `fit` makes it anew
     attach(model, report)
@@ -218,15 +218,6 @@ def _levels(groups, forms, schedule, pattern, scope) -> list[np.ndarray]:
     sizes = np.array([math.prod(shape) for shape in shapes])
     kept = [active_weights(shapes, float(sparsity), scope) for sparsity in together]
     return list(np.float32(1 - np.array(kept) / sizes).T) if groups else []
-
-
-def _constrain(variable, masks: Masks):
-    inner = variable.constraint
-    if isinstance(inner, MaskConstraint):  # pruned before: the new schedule takes over
-        inner.masks.remove(variable)
-        inner = inner.inner
-    variable.constraint = MaskConstraint(masks, variable, inner)
-    variable.assign(variable.constraint.apply(variable))
 
 
 def _with_obstacle(weight: Weight, pattern: Pattern) -> Weight:
