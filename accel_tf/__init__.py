@@ -49,6 +49,7 @@ _NAMES = {
         "prune",
         "remove_channels",
         "sparsity",
+        "strip_pruning",
         "train_sparse",
     ),
     "quantization": ("Int8", "calibrate", "quantize_aware"),

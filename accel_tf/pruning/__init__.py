@@ -8,6 +8,7 @@
     _criteria    Magnitude, Movement, Taylor, …        which of them go first
     _prune       prune                                 the verb
     _sparsity    sparsity                              how sparse a model is, layer by layer
+    _strip       strip_pruning                         the weights are free again
     _channels    mask_channels, remove_channels        whole channels to zero, and out of the model
     _dynamic     train_sparse, SET, RigL               sparse from the first step, rewired on the way
     _rewiring    the masks that `train_sparse` moves
@@ -31,6 +32,7 @@ from accel_tf.pruning._patterns import NM, Block, Channels, Pattern, Unstructure
 from accel_tf.pruning._prune import prune
 from accel_tf.pruning._schedules import ConstantSparsity, OneShot, PolynomialDecay, Schedule
 from accel_tf.pruning._sparsity import SparsityTable, sparsity
+from accel_tf.pruning._strip import strip_pruning
 
 __all__ = [
     "NM",
@@ -58,5 +60,6 @@ __all__ = [
     "prune",
     "remove_channels",
     "sparsity",
+    "strip_pruning",
     "train_sparse",
 ]

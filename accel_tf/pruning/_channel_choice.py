@@ -35,9 +35,9 @@ def pin_unselected(graph: ChannelGraph, model, include, exclude) -> None:
     for part in graph.parts.values():
         if part.makes is None:
             continue
-        if part.path in excluded:
+        if part.layer in excluded:
             reason = f"{part.path!r} is excluded"
-        elif include is not None and part.path not in included:
+        elif include is not None and part.layer not in included:
             reason = f"{part.path!r} is not included"
         else:
             continue

@@ -9,6 +9,9 @@ import keras
 from accel_tf.layers import walk
 from accel_tf.report import shorten
 
+# Reasons not to prune a weight that are the user's, not the weight's.
+UNSELECTED = ("excluded", "not included")
+
 
 class Weight(NamedTuple):
     """A weight of a model with the layer that owns it; `reason` says why not to prune it, or ""."""
@@ -30,8 +33,9 @@ def weights_of(model: keras.Model, include=None, exclude=None) -> list[Weight]:
         model: A built Keras model.
         include: A selector, or a sequence of them: only layers that match, and the layers below
             them, are pruned. A layer that matches itself, rather than by its parent, gives up all
-            its trainable weights of rank ≥ 2, whatever they are. A selector is a layer, a layer
-            class, a name or path with the wildcards `*` and `?`, or a function of path and layer.
+            its trainable weights of rank ≥ 2, whatever they are, except biases. A selector is a
+            layer, a layer class, a name or path with the wildcards `*` and `?`, or a function of
+            path and layer.
         exclude: The same; layers that match and the layers below them are left alone.
 
     Raises:
@@ -44,13 +48,12 @@ def weights_of(model: keras.Model, include=None, exclude=None) -> list[Weight]:
 
     def weight(v):
         path, layer = owner[id(v)]
-        explicit = path in included.named
-        if path in excluded:
-            reason = "excluded"
-        elif include is not None and path not in included:
-            reason = "not included"
+        if layer in excluded:
+            reason = UNSELECTED[0]
+        elif include is not None and layer not in included:
+            reason = UNSELECTED[1]
         else:
-            reason = _reason(v, layer, explicit)
+            reason = _reason(v, layer, explicit=included.names(layer))
         return Weight(path, layer, v, reason)
 
     return [weight(v) for v in {id(v): v for v in model.weights}.values()]
@@ -68,6 +71,8 @@ def _reason(v, layer, explicit: bool) -> str:
         return "frozen: no optimizer will keep it sparse; set trainable = True before"
     if not keras.backend.is_float_dtype(v.dtype):
         return f"{v.dtype} weights, not floating-point ones"
+    if v.name == "bias":  # of rank 2 in attention and in GRUs
+        return "a bias, which is added, not multiplied"
     return "" if explicit else _unusual(v, layer)
 
 
@@ -82,29 +87,32 @@ def _unusual(v, layer) -> str:
 
 
 class Selection:
-    """The paths that selectors match: `named` themselves, or below one that is."""
+    """The layers that selectors match, and all below them, under whichever parent they are shared."""
 
     def __init__(self, selectors, layers):
         if selectors is None:
             selectors = []
         elif isinstance(selectors, str) or not isinstance(selectors, Sequence):
             selectors = [selectors]
-        self.named = set()
+        # By identity: in subclassed models neighbours may have the same name, hence the same path.
+        self._named, self._below = set(), set()
         for selector in selectors:
-            found = {path for path, layer in layers if _matches(selector, path, layer)}
+            found = [layer for path, layer in layers if _matches(selector, path, layer)]
             if not found:
                 raise ValueError(
                     f"No layer matches {selector!r}. A selector is a layer, a layer class, a name "
                     "or path with wildcards, or a function (path, layer) -> bool. The layers are: "
                     f"{shorten((path for path, _ in layers[1:]), 20)}."
                 )
-            self.named |= found
-        self._root = layers[0][0]
+            self._named |= {id(layer) for layer in found}
+            self._below |= {id(below) for layer in found for _, below in walk(layer)}
 
-    def __contains__(self, path):
-        parents = path.split("/")
-        above = {"/".join(parents[:i]) for i in range(1, len(parents) + 1)}
-        return not self.named.isdisjoint(above | {self._root})
+    def names(self, layer) -> bool:
+        """Returns whether a selector matches `layer` itself."""
+        return id(layer) in self._named
+
+    def __contains__(self, layer):
+        return self.names(layer) or id(layer) in self._below
 
 
 def _matches(selector, path, layer) -> bool:
