@@ -30,11 +30,11 @@ class StepCounter:
     def __call__(self) -> tf.Tensor:
         """Returns the step, an int64 scalar, that the optimizer is just completing."""
         # Keras applies constraints before it counts the batch.
-        return self._steps(1)
+        return self.after(1)
 
     def completed(self) -> tf.Tensor:
         """Returns the last step, an int64 scalar, that the optimizer has completed."""
-        return self._steps(0)
+        return self.after(0)
 
     def optimizer(self) -> keras.optimizers.Optimizer:
         """Returns the optimizer that trains the model, without what scales its loss.
@@ -59,7 +59,8 @@ class StepCounter:
             )
         return inner
 
-    def _steps(self, batches):
+    def after(self, batches: int) -> tf.Tensor:
+        """Returns the step, an int64 scalar, once the optimizer has had so many batches more."""
         inner = self.optimizer()
         # A model that was compiled anew since `prune` has an optimizer that starts at zero.
         at_call = getattr(self._at_call, "inner_optimizer", self._at_call)
@@ -134,6 +135,10 @@ class Masks:
             return ""
         so_far = f"the last one was at step {latest}" if latest >= 0 else "there was none yet"
         return f"Pruning is under way: its updates go on to step {goal}, {so_far}."
+
+    def step_after(self, batches: int) -> int:
+        """Returns the schedule's step once the optimizer has had so many batches more."""
+        return int(self._step.after(batches))
 
     def remove(self, variable) -> None:
         """Leaves `variable` to another call of `prune`; the others keep their common sparsity."""
