@@ -30,11 +30,11 @@ class StepCounter:
     def __call__(self) -> tf.Tensor:
         """Returns the step, an int64 scalar, that the optimizer is just completing."""
         # Keras applies constraints before it counts the batch.
-        return self.after(1)
+        return self._steps(self.optimizer(), 1)
 
     def completed(self) -> tf.Tensor:
         """Returns the last step, an int64 scalar, that the optimizer has completed."""
-        return self.after(0)
+        return self._steps(self.optimizer(), 0)
 
     def optimizer(self) -> keras.optimizers.Optimizer:
         """Returns the optimizer that trains the model, without what scales its loss.
@@ -60,8 +60,14 @@ class StepCounter:
         return inner
 
     def after(self, batches: int) -> tf.Tensor:
-        """Returns the step, an int64 scalar, once the optimizer has had so many batches more."""
-        inner = self.optimizer()
+        """Returns the step, an int64 scalar, once the optimizer has had so many batches more.
+
+        Unlike the others, it can tell before training starts: Keras builds optimizers later.
+        """
+        optimizer = self._given or getattr(self._model, "optimizer", None) or self.optimizer()
+        return self._steps(getattr(optimizer, "inner_optimizer", optimizer), batches)
+
+    def _steps(self, inner, batches):
         # A model that was compiled anew since `prune` has an optimizer that starts at zero.
         at_call = getattr(self._at_call, "inner_optimizer", self._at_call)
         offset = self._offset if inner is at_call else self._initial
