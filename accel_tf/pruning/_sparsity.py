@@ -7,6 +7,7 @@ import numpy as np
 
 from accel_tf.layers import require_model, walk
 from accel_tf.pruning._constraint import MaskConstraint
+from accel_tf.pruning._figure import axes_or_new
 from accel_tf.pruning._selection import Weight, is_kernel, weights_of
 from accel_tf.report import Table
 from accel_tf.sparse import SparseLayer
@@ -21,6 +22,49 @@ class SparsityTable(Table):
     """
 
     total: float = 0.0
+
+    def plot(self, axes=None):
+        """Draws a bar for each kernel: as long as it is sparse, thicker if it has more weights.
+
+        The grey part is what remains. Thickness grows with the square root of the number of weights,
+        which is at the right; the dashed line is the sparsity of all.
+
+        Args:
+            axes: matplotlib axes to draw on; by default, those of a new figure.
+
+        Returns:
+            The axes.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        *kernels, _ = self.rows
+        n = len(kernels)
+        pitch = max(0.14, 0.3 - n / 500)  # inches per kernel
+        axes = axes_or_new(axes, 7.2, 0.9 + pitch * n)
+        sizes = np.array([row[3] for row in kernels], float)
+        thick = 0.15 + 0.75 * np.sqrt(sizes / sizes.max(initial=1))
+        at = np.arange(n)
+        layers = [row[0] for row in kernels]
+        names = [
+            layer if layers.count(layer) == 1 else f"{layer}/{row[1]}"
+            for layer, row in zip(layers, kernels, strict=True)
+        ]
+        size = 72 * pitch * 0.6 if n > 25 else "small"
+        axes.barh(at, np.ones(n), thick, color="#dddddd")
+        axes.barh(at, [row[5] for row in kernels], thick, color="#0072B2")
+        axes.axvline(self.total, color="#D55E00", lw=1, ls="--")
+        axes.set_title(f"sparsity {self.total:.4g}", fontsize="medium", color="#D55E00")
+        axes.set_yticks(at, names, fontsize=size)
+        for y, count in zip(at, sizes, strict=True):
+            axes.text(1.01, y, _short(count), va="center", fontsize=size, color="#555555")
+        axes.set(
+            xlim=(0, 1),
+            ylim=(n - 0.4, -0.6),
+            xlabel="fraction of zeros; at the right, the number of weights",
+        )
+        axes.grid(False, axis="y")
+        return axes
 
 
 def sparsity(model: keras.Model) -> SparsityTable:
@@ -69,3 +113,12 @@ def sparsity(model: keras.Model) -> SparsityTable:
     rows.append(("total", "", "", n, zeros, total))
     columns = ("layer", "weight", "shape", "weights", "zeros", "sparsity")
     return SparsityTable(columns, rows, note="\n".join(unfinished), total=total)
+
+
+def _short(n: float) -> str:
+    """Formats a number of weights: `640`, `4.61 k`, `2.36 M`."""
+    for unit in ("", " k", " M"):
+        if n < 1000:
+            return f"{n:.3g}{unit}"
+        n /= 1000
+    return f"{n:.3g} G"
