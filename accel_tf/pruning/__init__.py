@@ -8,6 +8,9 @@
     _criteria    Magnitude, Movement, Taylor, …        which of them go first
     _prune       prune                                 the verb
     _sparsity    sparsity                              how sparse a model is, layer by layer
+    _sensitivity sensitivity                           which layers can be pruned, and how far
+    _log         SparsityLog                           a callback: how sparse, and whether it will be
+    _figure                                            axes for pictures of results
     _strip       strip_pruning                         the weights are free again
     _channels    mask_channels, remove_channels        whole channels to zero, and out of the model
     _dynamic     train_sparse, SET, RigL               sparse from the first step, rewired on the way
@@ -28,9 +31,11 @@ from accel_tf.pruning._channels import mask_channels, remove_channels
 from accel_tf.pruning._criteria import Criterion, Magnitude, Movement, SoftThreshold, Taylor
 from accel_tf.pruning._curves import CosineDecay, Cyclical, ExponentialDecay, FunctionSchedule
 from accel_tf.pruning._dynamic import SET, RigL, train_sparse
+from accel_tf.pruning._log import SparsityLog
 from accel_tf.pruning._patterns import NM, Block, Channels, Pattern, Unstructured
 from accel_tf.pruning._prune import prune
 from accel_tf.pruning._schedules import ConstantSparsity, OneShot, PolynomialDecay, Schedule
+from accel_tf.pruning._sensitivity import Sensitivity, sensitivity
 from accel_tf.pruning._sparsity import SparsityTable, sparsity
 from accel_tf.pruning._strip import strip_pruning
 
@@ -52,13 +57,16 @@ __all__ = [
     "PolynomialDecay",
     "RigL",
     "Schedule",
+    "Sensitivity",
     "SoftThreshold",
+    "SparsityLog",
     "SparsityTable",
     "Taylor",
     "Unstructured",
     "mask_channels",
     "prune",
     "remove_channels",
+    "sensitivity",
     "sparsity",
     "strip_pruning",
     "train_sparse",
