@@ -20,8 +20,11 @@ import tensorflow as tf
 import accel_tf as at
 
 
-def options(doc: str, name: str, threads: int = 2) -> argparse.Namespace:
-    """Reads the command line, and gives TensorFlow its number of threads."""
+def options(doc: str, name: str, threads: int = 2, **flags: str) -> argparse.Namespace:
+    """Reads the command line, and gives TensorFlow its number of threads.
+
+    `flags` are more options, by name, each with its line of help.
+    """
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="a first look, in seconds")
@@ -29,6 +32,8 @@ def options(doc: str, name: str, threads: int = 2) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=threads, help=f"default: {threads}")
     results = Path(__file__).parent / "results" / f"{name}.json"
     parser.add_argument("--output", type=Path, default=results, help="the JSON file of raw times")
+    for flag, text in flags.items():
+        parser.add_argument(f"--{flag}", action="store_true", help=text)
     chosen = parser.parse_args()
     tf.get_logger().setLevel("ERROR")  # many functions are traced here, each of them once
     tf.config.threading.set_intra_op_parallelism_threads(chosen.threads)
