@@ -52,7 +52,6 @@ model = keras.Sequential(
         keras.layers.Dense(3),
     ]
 )
-# So high a rate that pruned weights are not the smallest ones any more after a step.
 model.compile(keras.optimizers.Adam(0.1), "mse")
 schedule = at.PolynomialDecay(0.8, end_step=24, frequency=4)
 at.prune(model, schedule, scope="global")
