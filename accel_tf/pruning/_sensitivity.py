@@ -321,8 +321,6 @@ class _Score:
 
     def _evaluate(self):
         results = self._model.evaluate(**self._arguments, return_dict=True)
-        if not results:
-            raise ValueError("sensitivity needs data to evaluate on; the dataset has no batch.")
         return {name: float(value) for name, value in results.items()}
 
     def _name(self, metric):
@@ -346,13 +344,7 @@ def _arguments(model, data) -> dict:
             "a loss and metrics, or pass sensitivity(…, metric=a function of the model)."
         )
     if isinstance(data, (tf.data.Dataset, keras.utils.PyDataset)):
-        if isinstance(data, tf.data.Dataset) and data.cardinality() == tf.data.INFINITE_CARDINALITY:
-            raise ValueError(
-                "sensitivity needs a finite dataset; end this one with .take(batches)."
-            )
-        if len(data) == 0 if isinstance(data, keras.utils.PyDataset) else data.cardinality() == 0:
-            raise ValueError("sensitivity needs data to evaluate on; the dataset has no batch.")
-        return {"x": data}
+        return {"x": _finite_and_not_empty(data)}
     if not isinstance(data, (tuple, list)) or len(data) not in (2, 3):
         raise ValueError(
             "sensitivity evaluates the model again and again: pass data that can be read as often, "
@@ -362,6 +354,23 @@ def _arguments(model, data) -> dict:
     if any(len(array) == 0 for array in keras.tree.flatten(data[0])):
         raise ValueError("sensitivity needs data to evaluate on; x has no samples.")
     return dict(zip(("x", "y", "sample_weight"), data, strict=False))
+
+
+def _finite_and_not_empty(data):
+    if isinstance(data, keras.utils.PyDataset):
+        batches = len(data)
+    else:
+        batches = int(data.cardinality())
+        if batches == tf.data.INFINITE_CARDINALITY:
+            raise ValueError(
+                "sensitivity needs a finite dataset; end this one with .take(batches)."
+            )
+        if batches == tf.data.UNKNOWN_CARDINALITY:  # Keras would warn of its end each time
+            batches = int(data.reduce(0, lambda count, *_: count + 1))
+            data = data.apply(tf.data.experimental.assert_cardinality(batches))
+    if not batches:
+        raise ValueError("sensitivity needs data to evaluate on; the dataset has no batch.")
+    return data
 
 
 def _is_loss(name: str) -> bool:
