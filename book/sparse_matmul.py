@@ -476,7 +476,9 @@ assert (
 assert np.all(speedups[-1] > speedups[0])  # it grows with sparsity
 efficiency = speedups * density[:, None]
 assert np.all(efficiency[-1] < efficiency.max(axis=0))  # prose: farther from ideal
-assert np.all(np.median(efficiency, axis=0) < 1.5)  # alt text: along and below, but for noise
+assert np.all(
+    np.median(efficiency, axis=0) < 1.5
+)  # alt text: along and below, but for noise
 assert np.prod(speedups[:, 1] / speedups[:, 0]) > 1  # alt text: blocks are nearer
 
 # %% [markdown]

@@ -432,7 +432,7 @@ def test_bad_arguments_are_named():
     model = cnn()
     for kwargs, message in [
         ({"schedule": 0.8}, r"Received: 0\.8\. ConstantSparsity\(0\.8\) prunes at once"),
-        ({"scope": "model"}, 'scope is "layer", .*Received: \'model\''),
+        ({"scope": "model"}, "scope is \"layer\", .*Received: 'model'"),
         ({"pattern": "2:4"}, "a pattern such as Unstructured.*'2:4'"),
         ({"initial_step": -1}, "initial_step must be ≥ 0.*-1"),
         ({"include": "dense"}, "No layer matches 'dense'.*conv, .*head"),
