@@ -5,7 +5,8 @@
     .venv/bin/python benchmarks/pruning_step.py --full     # three cycles
 
 MobileNetV2 with 96 × 96 pixels and batches of 32, trained by `fit` with Adam. Both libraries follow the
-same PolynomialDecay, which updates the masks at one step of a hundred; whole cycles are trained. The four trainings take turns of ten steps, in a new order each time.
+same PolynomialDecay, which updates the masks at one step of a hundred; whole cycles are trained. The
+four trainings take turns of ten steps, in a new order each time.
 """
 
 import random
@@ -83,34 +84,37 @@ def train(cycles: int, batch: int) -> dict[str, list[float]]:
     return {name: training.seconds for name, training in trainings.items()}
 
 
-def average(seconds: list[float]) -> float:
-    """Returns the mean step of a cycle: 99 that do not update the masks, and one that does.
+def by_turn(seconds: list[float]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the median step of each turn, and the steps that update the masks with their turns'.
 
-    Of each kind the median, so that no neighbour's load is taken for pruning.
+    The first turn is left out, since it traces.
     """
-    plain, updates = kinds(seconds)
-    return (common.median(plain) * (CYCLE - 1) + common.median(updates)) / CYCLE
+    steps = np.reshape(seconds, (-1, TURN))[1:]
+    updating = (np.arange(TURN, len(seconds)).reshape(-1, TURN) + 1) % CYCLE == 0
+    usual = np.array([np.median(turn[~u]) for turn, u in zip(steps, updating, strict=True)])
+    return usual, np.array([steps[updating], usual[updating.any(axis=1)]])
 
 
-def kinds(seconds: list[float]) -> tuple[list[float], list[float]]:
-    """Returns the steps that do not update the masks, and those that do; not the one that traces."""
-    updates = set(range(CYCLE - 1, len(seconds), CYCLE))
-    plain = [s for i, s in enumerate(seconds) if i >= TURN and i not in updates]
-    return plain, [seconds[i] for i in sorted(updates)]
+def slowdown(pruned: list[float], plain: list[float]) -> float:
+    """Returns the mean step of a cycle, 99 without and one with an update, over a plain step.
+
+    Steps are compared within a round, as neighbours of the machine may slow all of some rounds.
+    """
+    usual, updates = by_turn(pruned)
+    ratio = common.median(usual / by_turn(plain)[0])
+    return ratio * (CYCLE - 1 + common.median(updates[0] / updates[1])) / CYCLE
 
 
 def table(seconds: dict[str, list[float]], batch: int) -> Table:
     rows = []
     for pruned, plain in PAIRS.items():
-        for name in (plain, pruned):
-            steps, updates = kinds(seconds[name])
-            ratio = average(seconds[name]) / average(seconds[plain])
-            update = common.spread(updates) if name == pruned else "–"
-            label = f"{name}, pruned" if name == pruned else f"{name}, plain"
-            mean = f"{average(seconds[name]) * 1e3:.1f} ms"
-            rows.append([label, common.spread(steps), update, mean, f"{ratio:.3f}"])
+        rows.append([f"{plain}, plain", common.spread(by_turn(seconds[plain])[0]), "–", "1.000"])
+        usual, (updates, _) = by_turn(seconds[pruned])
+        ratio = slowdown(seconds[pruned], seconds[plain])
+        row = [common.spread(usual), common.spread(updates), f"{ratio:.3f}"]
+        rows.append([f"{pruned}, pruned", *row])
     return Table(
-        ["training", "a step", "one that updates", "average of a cycle", "vs plain"],
+        ["training", "a step", "one that updates", "average of a cycle vs plain"],
         rows,
         title=f"MobileNetV2, 96 × 96, batch {batch}: one update of the masks in {CYCLE} steps",
     )

@@ -16,16 +16,17 @@ class StepCounter:
     """The step of the schedule: the optimizer steps since `prune` was called, plus `initial_step`.
 
     The optimizer is the one given, or that of the model when training starts: `compile` may come
-    before or after `prune`.
+    before or after `prune`, and again in the middle of the schedule, which then goes on.
     """
 
     def __init__(self, model: keras.Model, optimizer, initial_step: int):
         self._model, self._given = model, optimizer
-        self._at_call = optimizer or getattr(model, "optimizer", None)
-        self._offset = initial_step
-        if self._at_call is not None:
-            self._offset -= int(keras.ops.convert_to_numpy(self._at_call.iterations))
-        self._initial = initial_step
+        self._counted, self._initial = None, initial_step  # the optimizer that counts
+        self._offset = initial_step  # the step when the optimizer that counts was at zero
+        at_call = optimizer or getattr(model, "optimizer", None)
+        if at_call is not None:
+            self._counted = _inner(at_call)
+            self._offset -= int(_steps(self._counted))
 
     def __call__(self) -> tf.Tensor:
         """Returns the step, an int64 scalar, that the optimizer is just completing."""
@@ -46,11 +47,11 @@ class StepCounter:
         if optimizer is None or not optimizer.built:
             state = "is not compiled" if optimizer is None else "is trained by another optimizer"
             raise ValueError(
-                f"Pruning model {self._model.name!r} needs the step of the optimizer that trains "
+                f"The masks of model {self._model.name!r} need the step of the optimizer that trains "
                 f"it, but the model {state}. In a custom training loop, or if it is a part of the "
-                "model that is trained, call prune(…, optimizer=the_one_that_trains)."
+                "model that is trained, pass optimizer=the_one_that_trains to prune or train_sparse."
             )
-        inner = getattr(optimizer, "inner_optimizer", optimizer)
+        inner = _inner(optimizer)
         if inner.use_ema:
             raise ValueError(
                 f"The optimizer {inner.name!r} of model {self._model.name!r} has use_ema=True: it "
@@ -65,16 +66,40 @@ class StepCounter:
         Unlike the others, it can tell before training starts: Keras builds optimizers later.
         """
         optimizer = self._given or getattr(self._model, "optimizer", None) or self.optimizer()
-        return self._steps(getattr(optimizer, "inner_optimizer", optimizer), batches)
+        return self._steps(_inner(optimizer), batches)
 
     def _steps(self, inner, batches):
-        # A model that was compiled anew since `prune` has an optimizer that starts at zero.
-        at_call = getattr(self._at_call, "inner_optimizer", self._at_call)
-        offset = self._offset if inner is at_call else self._initial
-        # With gradient accumulation a step is several batches, of which `optimizer.iterations` tells
-        # whole steps only.
-        batches += tf.cast(inner._iterations.value, tf.int64)
-        return batches // (inner.gradient_accumulation_steps or 1) + offset
+        if inner is not self._counted:
+            with tf.init_scope():
+                self._count_on(inner)
+        return _steps(inner, batches) + self._offset
+
+    def _count_on(self, inner):
+        """Lets another optimizer count, where the one before it has arrived.
+
+        If that one has done nothing since the call, the count of the new one is what holds:
+        `keras.callbacks.BackupAndRestore` may have restored it.
+        """
+        before, self._counted = self._counted, inner
+        reached = self._initial if before is None else int(_steps(before)) + self._offset
+        self._offset = reached
+        if reached != self._initial:
+            self._offset -= int(_steps(inner))
+
+
+def _inner(optimizer) -> keras.optimizers.Optimizer:
+    """Returns the optimizer without what scales its loss."""
+    return getattr(optimizer, "inner_optimizer", optimizer)
+
+
+def _steps(optimizer, batches: int = 0) -> tf.Tensor:
+    """Returns the steps of an optimizer, an int64 scalar, once it has had so many batches more.
+
+    With gradient accumulation a step is several batches, of which `optimizer.iterations` tells whole
+    steps only.
+    """
+    batches += tf.cast(optimizer._iterations.value, tf.int64)
+    return batches // (optimizer.gradient_accumulation_steps or 1)
 
 
 class Scores:

@@ -8,7 +8,6 @@ as the last axis, see `_forms`; the sparsity of a schedule is the fraction of un
 import dataclasses
 import math
 
-import keras
 import numpy as np
 import tensorflow as tf
 
@@ -96,6 +95,7 @@ class Block(Pattern):
 
     Example:
 
+    >>> import keras
     >>> import accel_tf as at
     >>> model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(16)])
     >>> report = at.prune(model, at.ConstantSparsity(0.75), pattern=at.Block((1, 4)))
@@ -174,6 +174,7 @@ class NM(Pattern):
 
     Example:
 
+    >>> import keras
     >>> import accel_tf as at
     >>> model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(3)])
     >>> pattern = at.NM(2, 4)
@@ -256,6 +257,7 @@ class Channels(Pattern):
 
     Example:
 
+    >>> import keras
     >>> import accel_tf as at
     >>> model = keras.Sequential([keras.Input((8, 8, 3)), keras.layers.Conv2D(6, 3)])
     >>> report = at.prune(model, at.ConstantSparsity(0.5), pattern=at.Channels())
@@ -282,7 +284,8 @@ class Channels(Pattern):
         return tf.broadcast_to(keep, shape)
 
     def obstacle(self, shape, layer=None):
-        if not isinstance(layer, (keras.layers.LSTMCell, keras.layers.GRUCell)):
+        width = getattr(layer, "units", None) or getattr(layer, "filters", None)
+        if not hasattr(layer, "recurrent_kernel") or width is None or shape[-1] == width:
             return ""
         return "a unit has a column in the kernel for each gate, which Channels would prune apart"
 

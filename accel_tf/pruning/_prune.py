@@ -40,9 +40,10 @@ def prune(
     exact whenever a step has ended: in `fit`, in custom loops, under XLA, mixed precision and
     `tf.distribute`. The model stays what it is: no wrappers, the same names, a plain `.keras` file.
 
-    Steps count from this call, under any optimizer. Call `prune` again to replace the schedule of
-    the weights it selects; the others keep theirs. Call it again after loading a model, too:
-    a file holds the zeros, not the schedule. A `tf.function` of your own that contains the training
+    Steps count from this call, under any optimizer: compile the model anew, and the schedule goes on.
+    Call `prune` again to replace the schedule of the weights it selects; the others keep theirs, and
+    `strip_pruning` ends it. Call `prune` again after loading a model or weights, not before, with
+    `initial_step`: a file holds the zeros, not the schedule. A `tf.function` of your own that contains the training
     step has to be made after the call, as it records the constraints it finds. Callbacks that bring
     back earlier weights (`EarlyStopping(restore_best_weights=True)`) bring back their sparsity, too:
     let them start after the schedule's end, with `start_from_epoch`.
@@ -68,7 +69,7 @@ def prune(
             wildcards (`"block_*"`), a function `(path, layer) -> bool`, or a sequence of those. By
             default kernels of rank ≥ 2 are pruned, except depthwise ones; biases, normalization and
             embeddings are not. A layer that you include itself gives up all its trainable weights
-            of rank ≥ 2.
+            of rank ≥ 2, except biases.
         exclude: Leave these layers alone, and those below them; written as `include`.
         optimizer: The optimizer that trains the model, if it is not `model.optimizer`: in custom
             training loops, or if `model` is a part of the one you compile.

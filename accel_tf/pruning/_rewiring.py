@@ -54,7 +54,7 @@ class RewiredMask:
             with tf.init_scope():
                 self._follow_weights(self._step.completed())
         due = self.method.latest_update(step)
-        # Not `due > latest`: a model that is compiled anew begins to count anew.
+        # Not `due > latest`: an optimizer that is restored may go back.
         moves = (due > 0) & tf.not_equal(due, self._latest)
         tf.cond(moves, lambda: self._rewire(due, slots), lambda: None)
         for slot, initial in slots:

@@ -252,6 +252,44 @@ def test_masks_survive_another_optimizer():
     np.testing.assert_array_equal(train(model, 3)[-1], mask)
 
 
+@pytest.mark.parametrize("accumulate", [None, 2])
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_the_schedule_goes_on_when_the_model_is_compiled_anew(scope, accumulate):
+    """As with an optimizer that stays: with no momentum, two of them make the same steps as one."""
+
+    def sgd():
+        return keras.optimizers.SGD(0.1, gradient_accumulation_steps=accumulate)
+
+    def run(anew):
+        model = mlp()
+        model.compile(sgd(), "mse")
+        train(model, 4)  # before pruning: steps that do not count
+        at.prune(model, SCHEDULE, scope=scope, initial_step=2)
+        seen = []
+        for optimizer in (None, sgd, sgd):
+            if anew and optimizer:
+                model.compile(optimizer(), "mse")
+            seen += train(model, 8 * (accumulate or 1))
+        return seen
+
+    np.testing.assert_array_equal(run(True), run(False))
+
+
+def test_another_optimizer_whose_steps_were_restored_is_counted_from_those(tmp_path):
+    """A model compiled after `prune`, then restored: nothing has been trained in this process."""
+    model = mlp()
+    at.prune(model, SCHEDULE)
+    expected = train(model, 12)[-1]
+    model.save_weights(tmp_path / "m.weights.h5")
+    new = mlp()
+    at.prune(new, SCHEDULE)
+    new.compile(keras.optimizers.Adam(0.3), "mse")
+    new.optimizer.build(new.trainable_variables)
+    new.load_weights(tmp_path / "m.weights.h5")
+    np.testing.assert_array_equal(train(new, 1)[-1], expected)
+    assert int(new.optimizer.iterations) == 13
+
+
 # Free again
 
 
