@@ -46,7 +46,7 @@ keras.utils.set_random_seed(0)
 # ## You will learn to
 #
 # - **prune** a Keras model to an exact {term}`sparsity`, at once or along a schedule, and train it while it is sparse;
-# - **choose** between pruning each layer alike and pruning all layers together;
+# - **choose** a scope, a schedule and a criterion, and ask the layers how much they can spare;
 # - **predict** the compressed size of a pruned model, and say why its speed does not change.
 #
 # ## Intuition: small weights, small effect
@@ -86,9 +86,11 @@ def new_cnn():
 
 
 # %%
+LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
 def train(model, epochs=EPOCHS):
-    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile(keras.optimizers.Adam(2e-3), loss)
+    model.compile(keras.optimizers.Adam(2e-3), LOSS)
     model.fit(x_train, y_train, batch_size=BATCH, epochs=epochs, verbose=0)
     return model
 
@@ -442,6 +444,70 @@ assert abs(np.mean(at_once) - mean["trained"][0.95]) < 5
 # On this problem it makes next to no difference: the network recovers from the shock in a few epochs. What mattered was to train under the mask, and
 # the scope. For large networks and long training, schedules pay {footcite}`zhu2017prune,gale2019state`; but measure before you believe it, in your case too.
 #
+# ## Other schedules, other criteria
+#
+# A schedule says *when*, a criterion says *which*. Both are arguments of {py:func}`~accel_tf.pruning.prune`, and any function of the step is a schedule, too:
+
+# %% mystnb={"image": {"alt": "Sparsity over training steps for five schedules that all end at 0.9 by step 1000. One-shot jumps at step 500; polynomial decay rises fastest; exponential and cosine follow, the cosine in the shape of an S; cyclical falls back to 0.6 in each of three cycles and rises again."}, "figure": {"caption": "Five ways to 90 %. Where the cyclical one falls back, weights return, and others may go in their place.", "name": "fig-schedules"}} tags=["hide-input"]
+schedules = {
+    "OneShot": at.OneShot(0.9, begin_step=500),
+    "PolynomialDecay": at.PolynomialDecay(0.9, end_step=1000, frequency=10),
+    "ExponentialDecay": at.ExponentialDecay(0.9, end_step=1000, frequency=10),
+    "CosineDecay": at.CosineDecay(0.9, end_step=1000, frequency=10),
+    "Cyclical": at.Cyclical(
+        0.9, end_step=1000, cycles=3, initial_sparsity=0.6, frequency=10
+    ),
+}
+colors = ("#333333", "#D55E00", "#009E73", "#0072B2", "#CC79A7")
+figure, axes = plt.subplots(figsize=(7.2, 3.1))
+at_steps = np.arange(0, 1201, 5)
+for (name, one), color in zip(schedules.items(), colors, strict=True):
+    due = np.array([one.latest_update(int(t)) for t in at_steps])
+    held = np.where(due < 0, 0, one.sparsity_at(np.maximum(due, 0)))
+    axes.step(at_steps, held, color=color, lw=1.4, where="post", label=name)
+axes.set(xlabel="optimizer step", ylabel="sparsity", ylim=(0, 1))
+axes.legend(loc="lower right")
+plt.show()
+
+# %% tags=["remove-cell"]
+for one in schedules.values():
+    assert abs(one.sparsity_at(one.reached_at) - 0.9) < 1e-6 and one.reached_at <= 1000
+half_way = {name: one.sparsity_at(300) for name, one in schedules.items()}
+smooth = ("PolynomialDecay", "ExponentialDecay", "CosineDecay")
+assert max(smooth, key=half_way.get) == "PolynomialDecay"  # alt text: rises fastest
+
+# %% [markdown]
+# The magnitude looks at the weight alone. {py:class}`~accel_tf.pruning.Taylor` estimates from samples how much the loss $L$ would change without the weight, as
+# $|w \, \partial L / \partial w|$ {footcite}`molchanov2019importance,lee2019snip`. {py:class}`~accel_tf.pruning.Movement` adds up what training moves away from zero, and drops what it
+# moves towards zero {footcite}`sanh2020movement`. Both know more. Do they choose better, at 95 % with the global scope?
+
+# %%
+criteria = {"Taylor": at.Taylor(x_train[:512], y_train[:512], LOSS)}
+criteria["Movement"] = at.Movement()
+by_criterion = {"Magnitude": results["trained"][:2, 1]}
+for name, criterion in criteria.items():
+    models = [copy(network) for network in networks[:2]]
+    for model in models:
+        at.prune(model, gradual(0.95), criterion=criterion, scope="global")
+        train(model)
+    by_criterion[name] = np.array([accuracy(model) for model in models])
+at.report.Table(
+    ("criterion", "network 1 [%]", "network 2 [%]"),
+    [(name, *r) for name, r in by_criterion.items()],
+)
+
+# %% tags=["remove-cell"]
+assert all(
+    r.mean() < by_criterion["Magnitude"].mean() - 1
+    for name, r in by_criterion.items()
+    if name != "Magnitude"
+)  # prose: magnitude wins
+
+# %% [markdown]
+# Not here. Our network is trained to the end, so the gradients that Taylor sees are close to zero, and those of a few hard samples; and training on the same images
+# moves weights little. Both have their place elsewhere: Taylor, called SNIP then, before any training, when magnitudes are only their initial noise; movement when a
+# pretrained network learns *another* task. The plain magnitude is the one to beat {footcite}`gale2019state`.
+#
 # ## Which layers? Ask them
 #
 # Small layers suffer first. How much, {py:func}`~accel_tf.pruning.sensitivity` measures: it prunes one layer alone, without training, evaluates,
@@ -449,8 +515,7 @@ assert abs(np.mean(at_once) - mean["trained"][0.95]) < 5
 # as a budget allows, here five points of accuracy for all layers together, if drops add up. (They do while they are small.)
 
 # %%
-loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-dense.compile("adam", loss, metrics=["accuracy"])
+dense.compile("adam", LOSS, metrics=["accuracy"])
 found = at.sensitivity(dense, (x_train, y_train), budget=0.05, verbose=0)
 found
 
@@ -499,7 +564,7 @@ for layer in penalized.layers:
 soft = at.SoftThreshold(STRENGTH)
 at.prune(proximal, at.ConstantSparsity(0.0), criterion=soft)
 for name, model in {"gradient": penalized, "proximal": proximal}.items():
-    model.compile(keras.optimizers.SGD(0.05), loss)
+    model.compile(keras.optimizers.SGD(0.05), LOSS)
     model.fit(x_train, y_train, batch_size=BATCH, epochs=EPOCHS, verbose=0)
     print(f"{name}: {at.sparsity(model).total:.2f} zeros, {accuracy(model):.1f} %")
 
@@ -560,8 +625,8 @@ assert all(row["ours"]["exact"] == row["ours"]["kernels"] > 0 for row in familie
 #
 # The schedule counts steps from the call of {py:func}`~accel_tf.pruning.prune`. In a training loop of your own, pass `optimizer=`; to go on after loading a
 # checkpoint, pass `initial_step=`. By default the kernels of dense, convolutional and recurrent layers are pruned; biases, normalization, depthwise
-# kernels and embeddings are not, and the report says so. {py:class}`~accel_tf.pruning.PolynomialDecay` and
-# {py:class}`~accel_tf.pruning.ConstantSparsity` are the schedules.
+# kernels and embeddings are not, and the report says so. {py:class}`~accel_tf.pruning.SparsityLog` is a callback that logs the sparsity of each layer, for
+# TensorBoard, too; {py:func}`~accel_tf.pruning.strip_pruning` lets the weights go again.
 #
 # ## Takeaways
 #
