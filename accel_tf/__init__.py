@@ -9,7 +9,7 @@ The map of the package; each technique is a module of its own name:
     sparse       sparsify, sparse_matmul, SparseMatrix, …          accel_tf.sparse
     distribute   mirrored_strategy                                 accel_tf.distribute
     export       litert, inspect_litert                            accel_tf.export
-    data         digits, mnist1d                                   accel_tf.datasets
+    data         digits, mnist1d, docstrings                       accel_tf.datasets
     TFMOT        schedules and models to and from tf_keras         accel_tf.interop.tfmot
 
 Names and modules are imported on first use, except for those that define Keras layers.

@@ -124,7 +124,7 @@ class Sensitivity(Table):
         shown, others = order[:20], order[20:]
         import matplotlib
 
-        colors = matplotlib.colormaps["viridis"](np.linspace(0, 0.92, max(len(shown), 2)))
+        colors = matplotlib.colormaps["viridis"](np.linspace(0, 0.8, max(len(shown), 2)))
         styles = ("-", "--", ":")
         for i, path in enumerate(others + shown):
             x = [0.0, *self.drops[path]]

@@ -97,3 +97,97 @@ def test_trained_cnn_is_accurate_and_each_copy_is_fresh(trained_cnn, digits):
     assert any(isinstance(layer, keras.layers.BatchNormalization) for layer in model.layers)
     model.layers[0].kernel.assign(model.layers[0].kernel * 0)
     assert np.any(trained_cnn().layers[0].kernel.numpy())
+
+
+# Docstrings of installed packages
+
+
+@pytest.fixture(scope="module")
+def texts():
+    return datasets.docstrings()
+
+
+def test_docstrings_are_many_unique_and_labelled(texts):
+    (x_train, y_train), (x_test, y_test) = texts
+    x, y = np.concatenate([x_train, x_test]), np.concatenate([y_train, y_test])
+    assert len(x) > 7000 and len(set(x)) == len(x)
+    assert all(isinstance(text, str) and len(text.split()) >= 8 for text in x)
+    assert y.dtype == np.int32 and np.bincount(y).min() > 800
+    for label in range(5):
+        assert np.mean(y_test[y_test == label].size / np.sum(y == label)) == pytest.approx(
+            0.2, abs=1e-3
+        )
+    assert not any("Parameters ----" in text or ">>>" in text or "Args:" in text for text in x)
+    again = datasets.docstrings()
+    np.testing.assert_array_equal(again[0][0], x_train)
+    np.testing.assert_array_equal(again[1][1], y_test)
+
+
+def test_docstrings_tell_their_package(texts):
+    """Words alone do, so the labels fit the texts, and are no gift."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.naive_bayes import MultinomialNB
+
+    (x_train, y_train), (x_test, y_test) = texts
+    words = TfidfVectorizer(min_df=2)
+    model = MultinomialNB(alpha=0.1).fit(words.fit_transform(x_train), y_train)
+    assert 0.6 < model.score(words.transform(x_test), y_test) < 0.95
+
+
+LONG = "one two three four five six seven eight"
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """Makes a package of files, given as source by path."""
+
+    def make(name, **files):
+        for path, source in {"__init__": "", **files}.items():
+            file = tmp_path / name / f"{path.replace('__in__', '/')}.py"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(source)
+        return name
+
+    monkeypatch.syspath_prepend(tmp_path)
+    return make
+
+
+def function(docstring, kind="def f():"):
+    return f"{kind}\n    {docstring!r}\n"
+
+
+def test_docstrings_are_the_prose_before_everything_else(package):
+    endings = (
+        "Args:\n    x: y", "Parameters\n----------\nx : int", ">>> f(1)", "```python", "Returns:\n",
+        ":param x: y", ".. note:: z",
+    )  # fmt: skip
+    sources = {f"m{i}": function(f"{LONG} {i}.\n\n{end}\n") for i, end in enumerate(endings)}
+    sources["a_class"] = function(f"{LONG}\n  of a class", "class C:")
+    sources["coroutine"] = function(f"{LONG} async", "async def f():")
+    sources["short"] = function("one two three four five six seven")
+    sources["twice"] = function(f"{LONG} async")
+    sources["broken"] = "def f(:"
+    sources["test_x"] = sources["x_test"] = sources["tests__in__x"] = function(f"{LONG} in a test")
+    sources["both"] = function(f"{LONG} in both")
+    name = package("first_of_two", **sources)
+    other = package(
+        "second_of_two", a=function(f"{LONG} o"), b=function(f"{LONG} p"), c=sources["both"]
+    )
+    (x_train, y_train), (x_test, y_test) = datasets.docstrings([name, other])
+    found = dict(zip([*x_train, *x_test], [*y_train, *y_test], strict=True))
+    expected = {f"{LONG} {i}.": 0 for i in range(len(endings))}
+    expected |= {f"{LONG} of a class": 0, f"{LONG} async": 0, f"{LONG} o": 1, f"{LONG} p": 1}
+    assert found == expected
+    assert sorted(y_test) == [0, 1] and name not in sys.modules
+
+
+def test_docstrings_need_packages_with_prose(package):
+    silent = package("a_silent_package")
+    with pytest.raises(ValueError, match="'a_silent_package' has fewer than two docstrings"):
+        datasets.docstrings(["numpy", silent])
+    for missing in ("no_such_package", "ast", "numpy.no_such_part"):
+        with pytest.raises(ImportError, match=f"'{missing}', which is not installed, or is not a"):
+            datasets.docstrings(["numpy", missing])
+    for packages in ("numpy", ["numpy"], ["numpy", "numpy"], []):
+        with pytest.raises(ValueError, match="two packages or more, each once"):
+            datasets.docstrings(packages)
