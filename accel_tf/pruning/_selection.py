@@ -1,4 +1,4 @@
-"""Which weights of a model are pruned: by default, and with `include` and `exclude`."""
+"""Which weights of a model are pruned or clustered: by default, with `include` and `exclude`."""
 
 import fnmatch
 from collections.abc import Sequence
@@ -68,7 +68,7 @@ def _reason(v, layer, explicit: bool) -> str:
     if len(v.shape) < 2:
         return "no weight of rank ≥ 2"
     if not v.trainable:
-        return "frozen: no optimizer will keep it sparse; set trainable = True before"
+        return "frozen: no optimizer will keep its constraint; set trainable = True before"
     if not keras.backend.is_float_dtype(v.dtype):
         return f"{v.dtype} weights, not floating-point ones"
     if v.name == "bias":  # of rank 2 in attention and in GRUs
@@ -80,9 +80,9 @@ def _unusual(v, layer) -> str:
     kinds = (keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D)
     one_input_each = getattr(layer, "groups", 1) > 1 and v.shape[-2] == 1
     if isinstance(layer, kinds) or v.name == "depthwise_kernel" or one_input_each:
-        return "a depthwise kernel, few weights that all matter; name it in include to prune it"
+        return "a depthwise kernel, few weights that all matter; name it in include if you want it"
     if not v.name.endswith("kernel"):
-        return f"{v.name} is not a kernel; name its layer in include to prune it"
+        return f"{v.name} is not a kernel; name its layer in include if you want it"
     return ""
 
 

@@ -355,7 +355,7 @@ def test_subclassed_model():
     report = at.prune(model, at.ConstantSparsity(0.5))
     assert [e.layer for e in report.done] == ["hidden", "out"]
     assert report.skipped == (
-        (model.name, "table is not a kernel; name its layer in include to prune it"),
+        (model.name, "table is not a kernel; name its layer in include if you want it"),
     )
     model.compile("sgd", "mse")
     model.fit(np.ones((8, 4)), np.ones(8), verbose=0)
