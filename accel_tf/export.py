@@ -147,5 +147,7 @@ def _converter(model, batch_size, folder):
     graph = tf.function(forward, autograph=False).get_concrete_function(*specs)
     module = tf.Module()
     module.graph = convert_variables_to_constants_v2(graph)
-    tf.saved_model.save(module, folder, signatures=module.graph)
+    # Without gradients, which nobody takes from it: TensorFlow cannot save that of swish.
+    options = tf.saved_model.SaveOptions(experimental_custom_gradients=False)
+    tf.saved_model.save(module, folder, signatures=module.graph, options=options)
     return tf.lite.TFLiteConverter.from_saved_model(folder)

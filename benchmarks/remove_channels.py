@@ -106,7 +106,7 @@ def table(records: list[dict], size: int) -> Table:
 def main() -> None:
     options = common.options(__doc__, "remove_channels")
     size = 224 if options.full else 128
-    budget = {"seconds": 0.5 if options.quick else 2, "rounds": 50}
+    budget = {"seconds": 0.5 if options.quick else 10, "rounds": 50}
     host, _ = common.head(options.threads)
     names = [*APPLICATIONS, TWINS] if not options.quick else ["MobileNetV2", TWINS]
     records = [measure(name, size, (1, 8), budget) for name in names]

@@ -43,10 +43,10 @@ def prune(
     Steps count from this call, under any optimizer: compile the model anew, and the schedule goes on.
     Call `prune` again to replace the schedule of the weights it selects; the others keep theirs, and
     `strip_pruning` ends it. Call `prune` again after loading a model or weights, not before, with
-    `initial_step`: a file holds the zeros, not the schedule. A `tf.function` of your own that contains the training
-    step has to be made after the call, as it records the constraints it finds. Callbacks that bring
-    back earlier weights (`EarlyStopping(restore_best_weights=True)`) bring back their sparsity, too:
-    let them start after the schedule's end, with `start_from_epoch`.
+    `initial_step`: a file holds the zeros, not the schedule. A `tf.function` of your own that
+    contains the training step has to be made after the call, as it records the constraints it finds.
+    Callbacks that bring back earlier weights (`EarlyStopping(restore_best_weights=True)`) bring back
+    their sparsity, too: let them start after the schedule's end, with `start_from_epoch`.
 
     Zeros alone make files smaller once they are compressed, not models faster: Keras's dense
     kernels multiply by zero. `accel_tf.sparsify` does not.
