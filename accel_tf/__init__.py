@@ -5,7 +5,7 @@ The map of the package; each technique is a module of its own name:
     measure      compare, measure_latency                          accel_tf.benchmark
     prune        prune, train_sparse, remove_channels, …           accel_tf.pruning
     cluster      cluster                                           accel_tf.clustering
-    quantize     quantize_aware, calibrate, Int8                   accel_tf.quantization
+    quantize     quantize_aware, calibrate, Int8, Int8Weights, …   accel_tf.quantization
     fuse         fuse                                              accel_tf.fusion
     sparse       sparsify, sparse_matmul, SparseMatrix, …          accel_tf.sparse
     distribute   mirrored_strategy                                 accel_tf.distribute
@@ -56,7 +56,16 @@ _NAMES = {
         "strip_pruning",
         "train_sparse",
     ),
-    "quantization": ("Int8", "calibrate", "quantize_aware"),
+    "quantization": (
+        "Float16",
+        "Int4Weights",
+        "Int8",
+        "Int8Weights",
+        "Int16x8",
+        "Mixed",
+        "calibrate",
+        "quantize_aware",
+    ),
     "report": ("report_of",),
     "sparse": (
         "SparseConv2D",

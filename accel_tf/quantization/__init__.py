@@ -7,7 +7,8 @@ very grid that the integer runtime will use::
 
     quantize_aware   fake quantization to train with `fit` (QAT)                _rewrite.py
     calibrate        the same, ranges from data, without training (PTQ)         _calibrate.py
-    Int8, Int4       the number format and how ranges are observed              _schemes.py
+    Int8, …          the number format                                          _schemes.py
+    MovingAverage, … how the ranges of activations are observed                 _observers.py
     FakeQuantize     one tensor on its grid: observer and rounding              _fake.py
     Quantized…       the layers that replace those of the model                 _layers.py
 
@@ -22,17 +23,33 @@ from accel_tf.quantization._layers import (
     QuantizedReshape,
     QuantizedWeights,
 )
+from accel_tf.quantization._observers import MovingAverage, Observer
 from accel_tf.quantization._rewrite import quantize_aware
-from accel_tf.quantization._schemes import Int4, Int8
+from accel_tf.quantization._schemes import (
+    Float16,
+    Int4Weights,
+    Int8,
+    Int8Weights,
+    Int16x8,
+    Mixed,
+    Scheme,
+)
 
 __all__ = [
     "FakeQuantize",
-    "Int4",
+    "Float16",
+    "Int4Weights",
     "Int8",
+    "Int8Weights",
+    "Int16x8",
+    "Mixed",
+    "MovingAverage",
+    "Observer",
     "QuantizedAffine",
     "QuantizedLayer",
     "QuantizedReshape",
     "QuantizedWeights",
+    "Scheme",
     "calibrate",
     "fake_quantize_weights",
     "observing",

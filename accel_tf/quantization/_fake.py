@@ -10,6 +10,8 @@ import contextvars
 import keras
 import tensorflow as tf
 
+from accel_tf.quantization._observers import MovingAverage
+
 # How every FakeQuantize layer behaves while a verb runs; "" follows `training`.
 _mode: contextvars.ContextVar[str] = contextvars.ContextVar("accel_tf_fake_quantize", default="")
 
@@ -89,9 +91,10 @@ class FakeQuantize(keras.layers.Layer):
 
     Args:
         bits: Width of the integers, 2 to 16.
-        momentum: What the moving average of the range keeps at each batch, in [0, 1).
+        observer: How the range is found; `MovingAverage()` if not given.
         fixed: `(low, high)` for a range that is known beforehand, such as a softmax's; nothing is
             observed then.
+        symmetric: Whether 0 is the middle of the grid, whose integers are −(2^(bits−1) − 1) and up.
         **kwargs: As for any Keras layer.
 
     Example:
@@ -105,29 +108,32 @@ class FakeQuantize(keras.layers.Layer):
     (0.0, 3.0)
     """
 
-    def __init__(self, bits=8, momentum=0.99, fixed=None, **kwargs):
+    def __init__(self, bits=8, observer=None, fixed=None, symmetric=False, **kwargs):
         super().__init__(**kwargs)
         self.bits = bits
-        self.momentum = momentum
+        self.observer = observer or MovingAverage()
         self.fixed = None if fixed is None else tuple(fixed)
+        self.symmetric = symmetric
 
     def build(self, input_shape=None):
         if self.fixed is None:
-            # Each replica computes the same numbers from all replicas' batches (see _observe), so
-            # any one of them is the value to keep.
-            def state(name):
-                return self.add_weight(
-                    name=name,
-                    shape=(),
-                    dtype="float32",
-                    initializer="zeros",
-                    trainable=False,
-                    autocast=False,
-                    aggregation="only_first_replica",
-                )
-
-            self.low, self.high, self.weight = state("low"), state("high"), state("weight")
+            self.observer.build(self)
         self.built = True
+
+    def state(self, name, shape=(), trainable=False):
+        """Makes a float32 variable of zeros that the observer keeps, as the attribute `name`."""
+        # Each replica computes the same numbers from all replicas' batches (see `extremes`), so any
+        # one of them is the value to keep.
+        variable = self.add_weight(
+            name=name,
+            shape=shape,
+            dtype="float32",
+            initializer="zeros",
+            trainable=trainable,
+            autocast=False,
+            aggregation="mean" if trainable else "only_first_replica",
+        )
+        setattr(self, name, variable)
 
     def call(self, inputs, training=None):
         x = tf.cast(inputs, tf.float32)
@@ -138,11 +144,23 @@ class FakeQuantize(keras.layers.Layer):
         elif mode == "freeze":
             low, high = self.range
         elif training or mode == "observe":
-            low, high = self._observe(x)
+            self.observer.observe(self, x)
+            low, high = self._limits()
         else:
-            y = tf.cond(self.weight.value > 0, lambda: self._round(x, *self._average()), lambda: x)
+            y = tf.cond(
+                self.observer.seen(self), lambda: self._round(x, *self._limits()), lambda: x
+            )
             return tf.cast(y, dtype)
         return tf.cast(self._round(x, low, high), dtype)
+
+    def extremes(self, x):
+        """Returns the minimum and maximum of `x`, over all replicas of a strategy."""
+        low, high = tf.reduce_min(x), tf.reduce_max(x)
+        replica = tf.distribute.get_replica_context()
+        if replica is not None and replica.num_replicas_in_sync > 1:
+            lows, highs = replica.all_gather([low[None], high[None]], axis=0)
+            low, high = tf.reduce_min(lows), tf.reduce_max(highs)
+        return low, high
 
     @property
     def range(self) -> tuple[float, float]:
@@ -154,8 +172,8 @@ class FakeQuantize(keras.layers.Layer):
         if self.fixed is not None:
             return self.fixed
         with tf.init_scope():  # Also while a graph is traced, the numbers are wanted.
-            if self.built and self.weight.numpy() > 0:
-                low, high = self._average()
+            if self.built and self.observer.seen(self):
+                low, high = self._limits()
                 return float(low), float(high)
         raise ValueError(
             f"The range of {self.path or self.name!r} is unknown: no data has been seen. "
@@ -166,40 +184,42 @@ class FakeQuantize(keras.layers.Layer):
     def scale(self) -> float:
         """The step between neighbours on the grid, in the units of the activation."""
         low, high = self.range
-        return (high - low) / (2**self.bits - 1)
+        return (high - low) / (2**self.bits - 1 - self.symmetric)
 
     @property
     def zero_point(self) -> int:
         """The integer that stands for 0, for integers from −2^(bits−1) up."""
-        return round(-self.range[0] / self.scale) - 2 ** (self.bits - 1)
+        return 0 if self.symmetric else round(-self.range[0] / self.scale) - 2 ** (self.bits - 1)
 
-    def _observe(self, x):
-        low, high = tf.reduce_min(x), tf.reduce_max(x)
-        replica = tf.distribute.get_replica_context()
-        if replica is not None and replica.num_replicas_in_sync > 1:
-            lows, highs = replica.all_gather([low[None], high[None]], axis=0)
-            low, high = tf.reduce_min(lows), tf.reduce_max(highs)
-        # False for NaN and for an empty batch, whose minimum is +inf: those teach nothing.
-        valid = low <= high
-        rate = tf.where(valid, 1.0 - self.momentum, 0.0)
-        for state, new in ((self.low, low), (self.high, high), (self.weight, 1.0)):
-            state.assign(state.value + rate * (tf.where(valid, new, 0.0) - state.value))
-        return self._average()
-
-    def _average(self):
-        # Divided by the total weight of what was seen, which debiases: Kingma and Ba, 2015, section 3.
-        weight = tf.maximum(self.weight.value, 1e-12)
-        low = tf.minimum(self.low.value / weight, 0.0)
-        high = tf.maximum(self.high.value / weight, 0.0)
+    def _limits(self):
+        """Returns the range of the grid: that of the observer, 0 included."""
+        low, high = self.observer.range(self)
+        low, high = tf.minimum(low, 0.0), tf.maximum(high, 0.0)
         # A tensor that is always 0 has no scale; any will do.
-        return low, tf.where(high - low > 1e-9, high, low + 1.0)
+        high = tf.where(high - low > 1e-9, high, low + 1.0)
+        if self.symmetric:
+            high = tf.maximum(high, -low)
+            low = -high
+        return low, high
 
     def _round(self, x, low, high):
-        return tf.quantization.fake_quant_with_min_max_vars(x, low, high, num_bits=self.bits)
+        return tf.quantization.fake_quant_with_min_max_vars(
+            x, low, high, num_bits=self.bits, narrow_range=self.symmetric
+        )
 
     def compute_output_shape(self, input_shape):
         return input_shape
 
     def get_config(self):
-        config = {"bits": self.bits, "momentum": self.momentum, "fixed": self.fixed}
+        config = {
+            "bits": self.bits,
+            "observer": keras.saving.serialize_keras_object(self.observer),
+            "fixed": self.fixed,
+            "symmetric": self.symmetric,
+        }
         return {**super().get_config(), **config}
+
+    @classmethod
+    def from_config(cls, config):
+        observer = keras.saving.deserialize_keras_object(config["observer"])
+        return cls(**{**config, "observer": observer})

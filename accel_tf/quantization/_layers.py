@@ -60,8 +60,9 @@ class QuantizedLayer(keras.layers.Wrapper):
     def _quantizer(self, name, fixed=None):
         return FakeQuantize(
             self.scheme.activation_bits,
-            self.scheme.momentum,
+            self.scheme.observer,
             fixed,
+            self.scheme.symmetric,
             name=name,
             dtype=self.dtype_policy,
         )

@@ -14,7 +14,7 @@ from accel_tf import layers as graphs
 from accel_tf import report
 from accel_tf.quantization import _layers
 from accel_tf.quantization._fake import FakeQuantize
-from accel_tf.quantization._schemes import Int8
+from accel_tf.quantization._schemes import Int8, Scheme
 
 _L = keras.layers
 _WEIGHTED = (_L.Dense, _L.Conv2D, _L.DepthwiseConv2D)
@@ -99,7 +99,7 @@ def quantize_aware(
 def rewrite(model, scheme, exclude, verb) -> keras.Model:
     """Builds the fake-quantized copy for `quantize_aware` and `calibrate`, and attaches its report."""
     graphs.require_model(model, verb)
-    if not isinstance(scheme, Int8):
+    if not isinstance(scheme, Scheme):
         raise ValueError(f"{verb} expects a scheme such as Int8(), received {scheme!r}.")
     paths = {
         id(layer): path
@@ -127,7 +127,9 @@ def rewrite(model, scheme, exclude, verb) -> keras.Model:
             return None
         # Observed once, however many layers read it: the file has one grid for each input.
         name = f"{model.inputs[i].name}_quantizer"
-        return FakeQuantize(scheme.activation_bits, scheme.momentum, name=name)
+        return FakeQuantize(
+            scheme.activation_bits, scheme.observer, symmetric=scheme.symmetric, name=name
+        )
 
     new_model = graphs.rebuild(model, replace, on_input)
     for old, new in made:

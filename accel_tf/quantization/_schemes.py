@@ -1,76 +1,218 @@
 """Schemes: the number format of a quantized model, and how the ranges of activations are observed."""
 
 import dataclasses
+import fnmatch
 from typing import ClassVar
 
 import keras
 
+from accel_tf.quantization._observers import MovingAverage, Observer
+
+
+@dataclasses.dataclass(frozen=True)
+class Scheme:
+    """What every scheme says about a layer; use one of its subclasses.
+
+    Attributes:
+        weight_bits: Width of the weights' integers; 16 with `weight_type` "float" for half floats.
+        activation_bits: Width of the activations' integers; `None` where they stay in float.
+        symmetric: Whether the grid of activations has its zero point at 0.
+        group_size: How many consecutive weights along the input axis share a scale; `None` for one
+            scale per output channel.
+    """
+
+    weight_bits: ClassVar[int] = 8
+    weight_type: ClassVar[str] = "int"
+    activation_bits: ClassVar[int | None] = None
+    symmetric: ClassVar[bool] = False
+    group_size: ClassVar[int | None] = None
+
+    def get_config(self) -> dict:
+        """Returns the constructor's arguments, for `from_config`."""
+        config = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {
+            name: keras.saving.serialize_keras_object(v) if isinstance(v, Observer) else v
+            for name, v in config.items()
+        }
+
+    @classmethod
+    def from_config(cls, config: dict) -> "Scheme":
+        """Returns the scheme that `get_config` described."""
+        return cls(**{name: _object(value) for name, value in config.items()})
+
+
+def _object(value):
+    return keras.saving.deserialize_keras_object(value) if isinstance(value, dict) else value
+
+
+@dataclasses.dataclass(frozen=True)
+class _Activations(Scheme):
+    """A scheme whose activations are integers, of ranges that are observed."""
+
+    observer: Observer = MovingAverage()
+
+    def __post_init__(self):
+        if not isinstance(self.observer, Observer):
+            raise ValueError(
+                f"{type(self).__name__} expects an observer such as MovingAverage(), received "
+                f"{self.observer!r}."
+            )
+
 
 @keras.saving.register_keras_serializable(package="accel_tf")
 @dataclasses.dataclass(frozen=True)
-class Int8:
+class Int8(_Activations):
     """8-bit weights and activations, as LiteRT's integer kernels compute.
 
     Weights are symmetric with one scale per output channel, integers in [−127, 127]; activations
-    are asymmetric with one scale and zero point per tensor, integers in [−128, 127]. The range of
-    an activation is the moving average of each batch's minimum and maximum, debiased as Adam's
-    moments are, so that the first batch already counts in full.
+    are asymmetric with one scale and zero point per tensor, integers in [−128, 127].
 
     Args:
-        momentum: What the moving average of the ranges keeps at each batch, in [0, 1). A larger
-            value is steadier and slower.
+        observer: How the range of an activation is found: `MovingAverage()` if not given, or
+            another from `accel_tf.quantization`, such as `MinMax`, `Percentile` or `Learned`.
 
     Raises:
-        ValueError: `momentum` is outside [0, 1).
+        ValueError: `observer` is none.
 
     Example:
 
     >>> import accel_tf as at
-    >>> at.Int8(momentum=0.9)
-    Int8(momentum=0.9)
+    >>> at.Int8()
+    Int8(observer=MovingAverage(momentum=0.99))
 
     Reference:
         Jacob et al., CVPR 2018, section 3.1; LiteRT 8-bit quantization specification.
     """
 
-    momentum: float = 0.99
-
-    weight_bits: ClassVar[int] = 8
-    activation_bits: ClassVar[int] = 8
-
-    def __post_init__(self):
-        if not 0 <= self.momentum < 1:
-            raise ValueError(
-                f"{type(self).__name__} needs a momentum in [0, 1): the fraction of the ranges "
-                f"kept at each batch. Received momentum={self.momentum!r}."
-            )
-
-    def get_config(self) -> dict:
-        """Returns the constructor's arguments, for `from_config`."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_config(cls, config: dict) -> "Int8":
-        """Returns the scheme that `get_config` described."""
-        return cls(**config)
+    activation_bits: ClassVar[int | None] = 8
 
 
 @keras.saving.register_keras_serializable(package="accel_tf")
 @dataclasses.dataclass(frozen=True)
-class Int4(Int8):
-    """4-bit weights, integers in [−7, 7], with 8-bit activations.
-
-    For training and for measuring what four bits cost: `accel_tf.export.litert` refuses it, as the
-    file would store the weights in eight bits and be neither smaller nor faster.
+class Int16x8(_Activations):
+    """8-bit weights and 16-bit activations, symmetric, for models that 8 bits cost accuracy.
 
     Args:
-        momentum: As in `Int8`.
+        observer: As in `Int8`.
 
     Example:
 
-    >>> from accel_tf.quantization import Int4
-    >>> Int4().weight_bits
-    4
+    >>> import accel_tf as at
+    >>> at.Int16x8().activation_bits
+    16
+
+    Reference:
+        LiteRT, "Post-training integer quantization with int16 activations".
     """
 
+    activation_bits: ClassVar[int | None] = 16
+    symmetric: ClassVar[bool] = True
+
+
+@keras.saving.register_keras_serializable(package="accel_tf")
+@dataclasses.dataclass(frozen=True)
+class Int8Weights(Scheme):
+    """8-bit weights, symmetric with one scale per output channel; activations stay in float.
+
+    A LiteRT file of it is four times smaller, and its kernels round activations to 8 bits as they
+    meet them, each batch with a range of its own ("dynamic range").
+
+    Example:
+
+    >>> import accel_tf as at
+    >>> at.Int8Weights().activation_bits is None
+    True
+    """
+
+
+@keras.saving.register_keras_serializable(package="accel_tf")
+@dataclasses.dataclass(frozen=True)
+class Int4Weights(Scheme):
+    """4-bit weights, integers in [−7, 7], with a scale for each group of inputs; float activations.
+
+    Args:
+        group_size: How many consecutive weights along a kernel's input axis share a scale, ≥ 1. The
+            last group is smaller where it does not divide; `None` for one scale per output channel.
+
+    Raises:
+        ValueError: `group_size` is not a positive integer.
+
+    Example:
+
+    >>> import accel_tf as at
+    >>> at.Int4Weights(group_size=64).weight_bits
+    4
+
+    Reference:
+        Frantar et al., "GPTQ", ICLR 2023, section 4, on groups.
+    """
+
+    group_size: int | None = 32
+
     weight_bits: ClassVar[int] = 4
+
+    def __post_init__(self):
+        size = self.group_size
+        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+            raise ValueError(f"group_size must be a positive integer or None, received {size!r}.")
+
+
+@keras.saving.register_keras_serializable(package="accel_tf")
+@dataclasses.dataclass(frozen=True)
+class Float16(Scheme):
+    """Weights as half-precision floats, half the size, and computation in float.
+
+    Example:
+
+    >>> import accel_tf as at
+    >>> at.Float16().weight_bits
+    16
+    """
+
+    weight_bits: ClassVar[int] = 16
+    weight_type: ClassVar[str] = "float"
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixed:
+    """A scheme of its own for some layers, and a default for the rest.
+
+    Args:
+        schemes: For each path of a layer, or pattern with `*` and `?`, its scheme, or `None` to
+            leave it in float. Paths are those that `accel_tf.report_of` shows; the path of a nested
+            model means all of it. Where several match, the first counts.
+        default: The scheme of all other layers; `None` leaves them in float.
+
+    Raises:
+        ValueError: Something else than a scheme stands where one belongs.
+
+    Example:
+
+    >>> import accel_tf as at
+    >>> mixed = at.Mixed({"head": at.Int16x8(), "block?/*": at.Int8Weights()}, default=at.Int8())
+    >>> mixed.of("head").activation_bits
+    16
+    """
+
+    schemes: dict
+    default: Scheme | None = Int8()
+
+    def __post_init__(self):
+        for name, scheme in [*self.schemes.items(), ("default", self.default)]:
+            if not isinstance(scheme, Scheme | None):
+                raise ValueError(
+                    f"Mixed expects a scheme such as Int8(), or None for float, for {name!r}; "
+                    f"received {scheme!r}."
+                )
+
+    def of(self, path: str) -> Scheme | None:
+        """Returns the scheme of the layer at `path`, or `None` if it stays in float."""
+        for pattern, scheme in self.schemes.items():
+            if matches(path, pattern):
+                return scheme
+        return self.default
+
+
+def matches(path: str, pattern: str) -> bool:
+    """Whether a pattern means the layer at `path`, itself or by the model that it is in."""
+    return fnmatch.fnmatchcase(path, pattern) or fnmatch.fnmatchcase(path, pattern + "/*")

@@ -10,13 +10,18 @@ from hypothesis import strategies as st
 import accel_tf as at
 from accel_tf.quantization import (
     FakeQuantize,
-    Int4,
+    Int4Weights,
+    MovingAverage,
     QuantizedAffine,
     QuantizedLayer,
     fake_quantize_weights,
 )
 
 L = keras.layers
+
+
+class FourBits(at.Int8):
+    weight_bits = 4
 
 
 def small_cnn():
@@ -75,19 +80,21 @@ def quantizers(model):
 # Schemes
 
 
-@pytest.mark.parametrize("scheme", [at.Int8(), at.Int8(momentum=0.5), Int4(), Int4(momentum=0.0)])
+@pytest.mark.parametrize(
+    "scheme", [at.Int8(), at.Int8(MovingAverage(0.5)), Int4Weights(), Int4Weights(64)]
+)
 def test_a_scheme_round_trips_through_its_config(scheme):
     assert type(scheme).from_config(scheme.get_config()) == scheme
     saved = keras.saving.serialize_keras_object(scheme)
     assert keras.saving.deserialize_keras_object(saved) == scheme
     with pytest.raises(AttributeError):
-        scheme.momentum = 0.1
+        scheme.weight_bits = 3
 
 
 @pytest.mark.parametrize("momentum", [-0.1, 1.0, float("nan")])
 def test_a_scheme_rejects_a_momentum_outside_the_unit_interval(momentum):
     with pytest.raises(ValueError, match=r"momentum in \[0, 1\).*Received momentum="):
-        at.Int8(momentum=momentum)
+        at.Int8(MovingAverage(momentum))
 
 
 # Fake quantization
@@ -142,7 +149,7 @@ def test_the_gradient_passes_straight_through_the_rounding():
     st.sampled_from([0.0, 0.5, 0.9, 0.99]),
 )
 def test_a_range_is_the_debiased_moving_average_of_the_batches(batches, momentum):
-    quantize = FakeQuantize(momentum=momentum)
+    quantize = FakeQuantize(observer=MovingAverage(momentum))
     weights, lows, highs = [], [], []
     for batch in batches:
         quantize(np.array(batch, "float32"), training=True)
@@ -179,7 +186,7 @@ def test_a_range_is_frozen_in_inference_and_unknown_before_any_data():
 
 
 def test_batches_without_numbers_teach_nothing():
-    quantize = FakeQuantize(momentum=0.5)
+    quantize = FakeQuantize(observer=MovingAverage(0.5))
     quantize(np.array([-1.0, 1.0], "float32"), training=True)
     quantize(np.array([np.nan, 5.0], "float32"), training=True)
     quantize(np.zeros(0, "float32"), training=True)
@@ -262,13 +269,13 @@ def test_training_observes_every_range(build, options):
 
 @pytest.mark.parametrize("build", [small_cnn, residual])
 def test_a_quantized_model_survives_its_file(build, tmp_path):
-    quantized = at.quantize_aware(build(), at.Int8(momentum=0.7))
+    quantized = at.quantize_aware(build(), at.Int8(MovingAverage(0.7)))
     x = fit(quantized)
     quantized.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
     np.testing.assert_array_equal(loaded.predict(x, verbose=0), quantized.predict(x, verbose=0))
     assert [q.range for q in quantizers(loaded)] == [q.range for q in quantizers(quantized)]
-    assert {q.momentum for q in quantizers(loaded)} == {0.7}
+    assert {q.observer for q in quantizers(loaded)} == {MovingAverage(0.7)}
 
 
 def test_mixed_precision_keeps_the_grid_and_the_state_in_float32():
@@ -434,7 +441,7 @@ def test_fine_tuning_wins_back_accuracy_that_four_bits_cost(trained_cnn, digits)
     def accuracy(m):
         return float((m.predict(x_test, verbose=0).argmax(-1) == y_test).mean())
 
-    tuned = at.quantize_aware(model, Int4())
+    tuned = at.quantize_aware(model, FourBits())
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     tuned.compile(keras.optimizers.Adam(1e-3), loss)
     tuned.fit(x, y, epochs=2, verbose=0)
