@@ -1,7 +1,7 @@
 """Weight clustering: each kernel holds a few distinct values, which its weights share.
 
 A kernel of 16 values needs 4 bits for each weight and a table of 16 numbers; as a plain Keras file it
-compresses accordingly. Dense kernels run no faster.
+compresses accordingly. Dense kernels run no faster. `accel_tf.quantize_aware` keeps clusters.
 """
 
 import keras
@@ -11,10 +11,10 @@ import tensorflow as tf
 from accel_tf.layers import require_model
 from accel_tf.pruning._constraint import MaskConstraint, local_variable
 from accel_tf.pruning._schedules import require_integer
-from accel_tf.pruning._selection import weights_of
+from accel_tf.pruning._selection import UNSELECTED, weights_of
 from accel_tf.report import Entry, Report, attach
 
-__all__ = ["cluster"]
+__all__ = ["cluster", "strip_clustering"]
 
 
 def cluster(
@@ -33,6 +33,7 @@ def cluster(
     clustered model are one value more. Call it again to cluster the weights as they
     are then, and after loading a model or weights: where a kernel has no more than `clusters` values
     already, they are its clusters. Optimizers with `use_ema=True` would bring back other values.
+    `strip_clustering` ends it.
 
     Args:
         model: A built Keras model: functional, sequential or subclassed. Compile it before or after.
@@ -98,6 +99,64 @@ def cluster(
     return report
 
 
+def strip_clustering(model: keras.Model, *, include=None, exclude=None) -> Report:
+    """Ends the clustering of `model` in place: its values stay until training moves them apart.
+
+    Saving, exporting, converting and quantizing need no such call, as a clustered model is a plain
+    Keras model. Call it to train each weight by itself again. What else held a weight, such as the
+    mask of `prune`, still does. A `tf.function` of your own that contains the training step has to be
+    made after the call.
+
+    Args:
+        model: A model that `cluster` was applied to, or one that has it as a part.
+        include: Free only these layers, and those below them, written as for `cluster`.
+        exclude: Leave these layers clustered, and those below them.
+
+    Returns:
+        A `Report`: which weights are free, with how many values, and which layers stay as they are.
+
+    Raises:
+        ValueError: The model is not built, a selector matches no layer, or none of the selected
+            weights is clustered.
+
+    Example:
+
+    >>> import keras
+    >>> import accel_tf as at
+    >>> model = keras.Sequential([keras.Input((32,)), keras.layers.Dense(10, name="head")])
+    >>> report = at.cluster(model, clusters=8)
+    >>> print(at.strip_clustering(model))
+    strip_clustering: 1 layer changed, 0 left alone
+    layer  changed  note
+    -----  -------  --------------------------------
+    head   yes      kernel (32, 10): 8 values, as is
+    """
+    require_model(model, "strip_clustering")
+    freed, left = {}, {}
+    for path, _, v, reason in weights_of(model, include, exclude):
+        clustered = constraint_of(v) is not None
+        if clustered and reason not in UNSELECTED:
+            ClusterConstraint.detach(v)
+            note = f"{v.name} {tuple(v.shape)}: {np.unique(_float64(v)).size} values, as is"
+            freed.setdefault(path, []).append(note)
+        elif clustered or path not in left:
+            left[path] = f"still clustered: {reason}" if clustered else "not clustered"
+    report = Report(
+        "strip_clustering",
+        tuple(Entry(path, "; ".join(notes)) for path, notes in freed.items()),
+        tuple(Entry(path, reason) for path, reason in left.items() if path not in freed),
+    )
+    if not freed:
+        raise ValueError(
+            f"No weight of model {model.name!r} is clustered that could be freed. In a model that "
+            f"was loaded from a file nothing keeps clusters:\n{report}"
+        )
+    if model.compiled:
+        model.train_function = None  # traced with these constraints; `fit` makes it anew
+    attach(model, report)
+    return report
+
+
 class ClusterConstraint(keras.constraints.Constraint):
     """Gives the weights of a cluster their mean; `cluster` puts it on `variable.constraint`.
 
@@ -111,24 +170,43 @@ class ClusterConstraint(keras.constraints.Constraint):
     """
 
     def __init__(self, variable, clusters: int, seed: int, inner=None):
-        self.inner = inner
-        self._variable, self._clusters, self._seed = variable, clusters, seed
+        self.inner, self.clusters = inner, clusters
+        self._variable, self._seed = variable, seed
+        self._pending = False  # whether the weights have yet to be divided
         self._cluster = local_variable(tf.zeros(variable.shape, tf.int32), "cluster", variable)
 
     @classmethod
-    def attach(cls, variable, clusters: int, seed: int) -> None:
-        """Puts it on `variable`, in place of one that was there before, and applies it."""
+    def attach(cls, variable, clusters: int, seed: int, now: bool = True) -> None:
+        """Puts it on `variable`, in place of one that was there before, and applies it.
+
+        Args:
+            variable: The Keras variable.
+            clusters: The number of its values at most.
+            seed: That of k-means++.
+            now: Whether to divide the weights as they are now; otherwise `catch_up` does.
+        """
+        cls.detach(variable)
         mask = variable.constraint if isinstance(variable.constraint, MaskConstraint) else None
-        inner = mask.inner if mask else variable.constraint
-        if isinstance(inner, cls):
-            inner = inner.inner
-        constraint = cls(variable, clusters, seed, inner)
-        constraint.divide(zero=mask is not None)
+        constraint = cls(variable, clusters, seed, mask.inner if mask else variable.constraint)
         if mask:
             mask.inner = constraint
         else:
             variable.constraint = constraint
-        variable.assign(constraint.means(variable))
+        constraint._pending = not now
+        if now:
+            constraint.divide(zero=mask is not None)
+            variable.assign(constraint.means(variable))
+
+    @classmethod
+    def detach(cls, variable) -> None:
+        """Removes it from `variable`, if it is there."""
+        mask = variable.constraint if isinstance(variable.constraint, MaskConstraint) else None
+        if (constraint := constraint_of(variable)) is None:
+            return
+        if mask:
+            mask.inner = constraint.inner
+        else:
+            variable.constraint = constraint.inner
 
     def divide(self, zero: bool = False) -> None:
         """Divides the weights, as they are, into clusters.
@@ -140,7 +218,7 @@ class ClusterConstraint(keras.constraints.Constraint):
         alive = w != 0
         # Of those that are zero, any: they are left out of the mean. If they come to life, as a mask
         # may allow, they join the nearest.
-        k = self._clusters - (zero or not alive.all())
+        k = self.clusters - (zero or not alive.all())
         centers = k_means(w[alive], k, self._seed)
         self._cluster.assign(nearest(w, centers))
 
@@ -160,24 +238,38 @@ class ClusterConstraint(keras.constraints.Constraint):
         alive = tf.cast(tf.not_equal(values, 0), tf.float64)
         cluster = tf.reshape(tf.convert_to_tensor(self._cluster), [-1])
         # A histogram, since sums by segments take fifteen times as long.
-        size = {"minlength": self._clusters, "maxlength": self._clusters}
+        size = {"minlength": self.clusters, "maxlength": self.clusters}
         sums = tf.math.bincount(cluster, weights=values, **size)
         counts = tf.math.bincount(cluster, weights=alive, **size)
         means = tf.cast(sums / tf.maximum(counts, 1), w.dtype)
         shared = tf.reshape(tf.gather(means, cluster), w.shape)
         return tf.where(tf.equal(w, 0), tf.zeros((), w.dtype), shared)
 
+    def catch_up(self) -> None:
+        """Divides the weights as they are, if that is still to be done."""
+        if self._pending:
+            self._follow()
+
     def _follow(self):
         """Lets the clusters follow from weights that were restored, before the step that is traced.
 
         `keras.callbacks.BackupAndRestore` restores them when `fit` starts.
         """
+        self._pending = False
         w, cluster = _float64(self._variable).ravel(), self._cluster.numpy().ravel()
-        value = np.zeros(self._clusters)
+        value = np.zeros(self.clusters)
         alive = w != 0
         value[cluster[alive]] = w[alive]
         if (value[cluster] != w)[alive].any():
             self.divide(zero=not alive.all())
+
+
+def constraint_of(variable) -> ClusterConstraint | None:
+    """Returns what clusters a Keras variable, or `None`; it may be within the mask of `prune`."""
+    constraint = variable.constraint
+    if isinstance(constraint, MaskConstraint):
+        constraint = constraint.inner
+    return constraint if isinstance(constraint, ClusterConstraint) else None
 
 
 def k_means(values: np.ndarray, clusters: int, seed: int = 0) -> np.ndarray:

@@ -92,6 +92,72 @@ def require_model(model, verb: str) -> None:
         )
 
 
+@keras.saving.register_keras_serializable(package="accel_tf")
+class Operator(keras.layers.Layer):
+    """An operator between layers, such as `x + 1`, as a layer of its tensors.
+
+    Args:
+        operation: The operator, of a node in a functional model's graph.
+        args, kwargs: What it was called with, where `Operator.slot(i)` stands for tensor i.
+        **options: As for any Keras layer.
+    """
+
+    def __init__(self, operation, args=(), kwargs=None, **options):
+        options.setdefault("name", operation.name)
+        super().__init__(**options)
+        self.operation, self.args, self.kwargs = operation, args, kwargs or {}
+
+    @classmethod
+    def of(cls, operation: keras.Operation) -> "Operator":
+        """Returns the layer for an operator that is called once in a graph."""
+        arguments, count = operation._inbound_nodes[0].arguments, iter(range(99))
+
+        def stand_in(x):
+            return cls.slot(next(count)) if isinstance(x, keras.KerasTensor) else x
+
+        args, kwargs = keras.tree.map_structure(stand_in, (arguments.args, arguments.kwargs))
+        return cls(operation, args, kwargs)
+
+    @staticmethod
+    def slot(i: int) -> str:
+        """Returns what stands for tensor `i` in the arguments."""
+        return f"<tensor {i}>"
+
+    def run(self, inputs, on_constant=lambda x: x):
+        """Returns the operator's result, with `on_constant` applied to each constant argument."""
+        tensors = {self.slot(i): x for i, x in enumerate(keras.tree.flatten(inputs))}
+
+        def fill(x):
+            return tensors[x] if isinstance(x, str) and x in tensors else on_constant(x)
+
+        args, kwargs = keras.tree.map_structure(fill, (self.args, self.kwargs))
+        return self.operation(*args, **kwargs)
+
+    def call(self, inputs):
+        return self.run(inputs)
+
+    def compute_output_shape(self, input_shape):
+        return self.compute_output_spec(input_shape).shape
+
+    def compute_output_spec(self, inputs):
+        return keras.backend.compute_output_spec(self.call, inputs)
+
+    def get_config(self):
+        save = keras.saving.serialize_keras_object
+        own = {
+            "operation": save(self.operation),
+            "args": save(self.args),
+            "kwargs": save(self.kwargs),
+        }
+        return {**super().get_config(), **own}
+
+    @classmethod
+    def from_config(cls, config):
+        load = keras.saving.deserialize_keras_object
+        own = {key: load(config[key]) for key in ("operation", "args", "kwargs")}
+        return cls(**{**config, **own})
+
+
 class _Removed(keras.layers.Layer):
     """Stands in a graph that is being rebuilt for a layer that is to go."""
 
@@ -117,7 +183,7 @@ def rebuild(
 
     Args:
         model: A built functional or sequential model.
-        replace: Called once per layer with its path and the layer; returns the new layer, `None` to
+        replace: Called once per layer, or operator between layers, with its path and itself; returns the new layer, `None` to
             keep it, or `REMOVED` to pass its one input on as its output. A new layer may be unbuilt:
             setting its weights is up to the caller.
         on_input: Called with the position of each input of `model`; returns a layer to put behind
@@ -146,7 +212,9 @@ def rebuild(
         path = paths.get(id(layer), layer.name)
         if isinstance(layer, keras.Model):
             return copy(layer, path)
-        new = replace(path, layer) if isinstance(layer, keras.Layer) else layer
+        new = replace(path, layer)
+        if new is None and not isinstance(layer, keras.Layer):
+            return layer
         if new is REMOVED:
             return _Removed(name=layer.name)
         if new is None:
@@ -189,7 +257,13 @@ def _clone_model(model, clone, starts):
         return new if len(rest) == len(new.layers) else _sequential(new, rest)
 
     def call(layer, *args, **kwargs):
-        return args[0] if isinstance(layer, _Removed) else layer(*args, **kwargs)
+        if isinstance(layer, _Removed):
+            return args[0]
+        if isinstance(getattr(layer, "layer", layer), Operator):  # It holds the other arguments.
+            given = keras.tree.flatten((args, kwargs))
+            tensors = [x for x in given if isinstance(x, keras.KerasTensor)]
+            return layer(tensors[0] if len(tensors) == 1 else tensors)
+        return layer(*args, **kwargs)
 
     return keras.models.clone_model(
         model, input_tensors=starts, clone_function=clone, call_function=call

@@ -9,6 +9,7 @@ very grid that the integer runtime will use::
     calibrate        the same, ranges from data, without training (PTQ)         _calibrate.py
     Int8, …          the number format                                          _schemes.py
     MovingAverage, … how the ranges of activations are observed                 _observers.py
+    MSE, …           those that need a histogram of all values                  _histograms.py
     FakeQuantize     one tensor on its grid: observer and rounding              _fake.py
     Quantized…       the layers that replace those of the model                 _layers.py
 
@@ -16,14 +17,15 @@ very grid that the integer runtime will use::
 """
 
 from accel_tf.quantization._calibrate import calibrate
-from accel_tf.quantization._fake import FakeQuantize, fake_quantize_weights, observing
+from accel_tf.quantization._fake import FakeQuantize, observing
+from accel_tf.quantization._histograms import MSE, Entropy, Percentile
 from accel_tf.quantization._layers import (
     QuantizedAffine,
     QuantizedLayer,
     QuantizedReshape,
     QuantizedWeights,
 )
-from accel_tf.quantization._observers import MovingAverage, Observer
+from accel_tf.quantization._observers import Learned, MinMax, MovingAverage, Observer
 from accel_tf.quantization._rewrite import quantize_aware
 from accel_tf.quantization._schemes import (
     Float16,
@@ -34,17 +36,23 @@ from accel_tf.quantization._schemes import (
     Mixed,
     Scheme,
 )
+from accel_tf.quantization._weights import fake_quantize_weights
 
 __all__ = [
+    "MSE",
+    "Entropy",
     "FakeQuantize",
     "Float16",
     "Int4Weights",
     "Int8",
     "Int8Weights",
     "Int16x8",
+    "Learned",
+    "MinMax",
     "Mixed",
     "MovingAverage",
     "Observer",
+    "Percentile",
     "QuantizedAffine",
     "QuantizedLayer",
     "QuantizedReshape",

@@ -1,7 +1,7 @@
 """Fake quantization: rounding tensors to their integer grid while computing in float.
 
-Weights carry their range with them and are rounded by a function; activations need a range that is
-observed, so they are rounded by a layer that keeps it.
+Weights carry their range with them and are rounded by functions (_weights.py); activations need a
+range that is observed, so they are rounded by a layer that keeps it.
 """
 
 import contextlib
@@ -43,41 +43,21 @@ def _enter(mode):
         _mode.reset(token)
 
 
-def fake_quantize_weights(weights, bits: int = 8, axes: tuple[int, ...] = (-1,)):
-    """Rounds weights to a symmetric grid with one scale per channel.
+@contextlib.contextmanager
+def applying():
+    """While it is entered, ranges stay as they are, even while others are observed."""
+    with _enter("apply"):
+        yield
 
-    The gradient passes straight through the rounding (Bengio et al., 2013, arXiv:1308.3432).
 
-    Args:
-        weights: Float tensor of any shape.
-        bits: Width of the integers, 2 to 16; they span [−(2^(bits−1) − 1), 2^(bits−1) − 1].
-        axes: The channel axes: entries that differ in their index along one of these have scales
-            of their own. Empty for one scale per tensor.
+def is_observing(training) -> bool:
+    """Whether ranges are observed now, by training or by calibration."""
+    return bool(training) or _mode.get() == "observe"
 
-    Returns:
-        A tensor of the same shape and dtype, whose values are integers times the scale.
 
-    Example:
-
-    >>> from accel_tf.quantization import fake_quantize_weights
-    >>> fake_quantize_weights([[7.0, -14.0], [1.2, 4.9]], bits=4).numpy().tolist()
-    [[7.0, -14.0], [1.0, 4.0]]
-    """
-    weights = tf.convert_to_tensor(weights)
-    rank = len(weights.shape)
-    kept = {axis % rank for axis in axes}
-    others = [axis for axis in range(rank) if axis not in kept]
-    limit = tf.reduce_max(tf.abs(weights), axis=others, keepdims=True)
-    # A channel of zeros stays zero; its scale only has to be different from 0.
-    scale = tf.stop_gradient(tf.maximum(limit, 1e-12)) / (2 ** (bits - 1) - 1)
-
-    # Plain operations, not tf.quantization.fake_quant: a converter folds them into the constant,
-    # folds a BatchNormalization on top, and finds the same per-channel grid again by itself.
-    def rounded(w):
-        return tf.round(w / scale) * scale
-
-    # A file needs no gradient, and tracing one for each layer would double the time to write it.
-    return rounded(weights) if _mode.get() == "freeze" else tf.grad_pass_through(rounded)(weights)
+def frozen() -> bool:
+    """Whether a model is being converted, so that ranges are constants and nothing is trained."""
+    return _mode.get() == "freeze"
 
 
 @keras.saving.register_keras_serializable(package="accel_tf")
@@ -120,7 +100,7 @@ class FakeQuantize(keras.layers.Layer):
             self.observer.build(self)
         self.built = True
 
-    def state(self, name, shape=(), trainable=False):
+    def state(self, name, shape=(), trainable=False, constraint=None):
         """Makes a float32 variable of zeros that the observer keeps, as the attribute `name`."""
         # Each replica computes the same numbers from all replicas' batches (see `extremes`), so any
         # one of them is the value to keep.
@@ -130,6 +110,7 @@ class FakeQuantize(keras.layers.Layer):
             dtype="float32",
             initializer="zeros",
             trainable=trainable,
+            constraint=constraint,
             autocast=False,
             aggregation="mean" if trainable else "only_first_replica",
         )
@@ -138,29 +119,40 @@ class FakeQuantize(keras.layers.Layer):
     def call(self, inputs, training=None):
         x = tf.cast(inputs, tf.float32)
         dtype = inputs.dtype if inputs.dtype.is_floating else self.compute_dtype  # uint8 images
-        mode = _mode.get()
         if self.fixed is not None:
-            low, high = self.fixed
-        elif mode == "freeze":
-            low, high = self.range
-        elif training or mode == "observe":
+            y = self.round(x, *self.fixed)
+        elif _mode.get() == "freeze":
+            y = self.round(x, *self.range)
+        elif is_observing(training):
             self.observer.observe(self, x)
-            low, high = self._limits()
+            y = self.observer.fake_quantize(self, x)
         else:
-            y = tf.cond(
-                self.observer.seen(self), lambda: self._round(x, *self._limits()), lambda: x
-            )
-            return tf.cast(y, dtype)
-        return tf.cast(self._round(x, low, high), dtype)
+            y = tf.cond(self.observer.seen(self), lambda: self.round(x, *self.limits()), lambda: x)
+        return tf.cast(y, dtype)
 
-    def extremes(self, x):
-        """Returns the minimum and maximum of `x`, over all replicas of a strategy."""
+    @property
+    def calibrating(self) -> bool:
+        """Whether ranges are to be observed though nothing is trained, see `observing`."""
+        return _mode.get() == "observe"
+
+    def extremes(self, x) -> tuple:
+        """Returns the minimum and maximum of `x`, over all replicas of a strategy.
+
+        Also whether both are finite: they are not if a value is NaN or infinite, or if there is none.
+        """
         low, high = tf.reduce_min(x), tf.reduce_max(x)
         replica = tf.distribute.get_replica_context()
         if replica is not None and replica.num_replicas_in_sync > 1:
             lows, highs = replica.all_gather([low[None], high[None]], axis=0)
             low, high = tf.reduce_min(lows), tf.reduce_max(highs)
-        return low, high
+        return low, high, tf.math.is_finite(high - low)
+
+    def over_replicas(self, x):
+        """Returns the sum of `x` over all replicas of a strategy."""
+        replica = tf.distribute.get_replica_context()
+        if replica is not None and replica.num_replicas_in_sync > 1:
+            return replica.all_reduce(tf.distribute.ReduceOp.SUM, x)
+        return x
 
     @property
     def range(self) -> tuple[float, float]:
@@ -173,7 +165,7 @@ class FakeQuantize(keras.layers.Layer):
             return self.fixed
         with tf.init_scope():  # Also while a graph is traced, the numbers are wanted.
             if self.built and self.observer.seen(self):
-                low, high = self._limits()
+                low, high = self.limits()
                 return float(low), float(high)
         raise ValueError(
             f"The range of {self.path or self.name!r} is unknown: no data has been seen. "
@@ -191,9 +183,12 @@ class FakeQuantize(keras.layers.Layer):
         """The integer that stands for 0, for integers from −2^(bits−1) up."""
         return 0 if self.symmetric else round(-self.range[0] / self.scale) - 2 ** (self.bits - 1)
 
-    def _limits(self):
-        """Returns the range of the grid: that of the observer, 0 included."""
-        low, high = self.observer.range(self)
+    def limits(self) -> tuple:
+        """Returns the ends of the grid as tensors: the observer's range, 0 included."""
+        return self.grid(*self.observer.range(self))
+
+    def grid(self, low, high) -> tuple:
+        """Returns the ends of the grid for the range of an observer, tensors of any shape."""
         low, high = tf.minimum(low, 0.0), tf.maximum(high, 0.0)
         # A tensor that is always 0 has no scale; any will do.
         high = tf.where(high - low > 1e-9, high, low + 1.0)
@@ -202,7 +197,8 @@ class FakeQuantize(keras.layers.Layer):
             low = -high
         return low, high
 
-    def _round(self, x, low, high):
+    def round(self, x, low, high):
+        """Returns `x` on the grid between two ends, with the gradient straight through inside."""
         return tf.quantization.fake_quant_with_min_max_vars(
             x, low, high, num_bits=self.bits, narrow_range=self.symmetric
         )

@@ -9,20 +9,11 @@ import inspect
 import keras
 import tensorflow as tf
 
-from accel_tf.quantization._fake import FakeQuantize, fake_quantize_weights
+from accel_tf.quantization import _activations, _preserve
+from accel_tf.quantization._fake import FakeQuantize
+from accel_tf.quantization._weights import round_like_activations, round_weights
 
-# Activations that LiteRT computes inside the kernel before them.
-FUSED = ("linear", "relu", "relu6")
-
-# Output ranges that the integer kernels prescribe: 256 steps of 1/256, and of 1/128.
-FIXED = {
-    "softmax": (0.0, 255 / 256),
-    "sigmoid": (0.0, 255 / 256),
-    "tanh": (-1.0, 127 / 128),
-}
-
-# Any other activation that is one integer kernel, and those that are composed here.
-ACTIVATIONS = (*FUSED, *FIXED, "silu", "leaky_relu")
+_L = keras.layers
 
 
 @keras.saving.register_keras_serializable(package="accel_tf")
@@ -37,70 +28,127 @@ class QuantizedLayer(keras.layers.Wrapper):
         output: `"observe"` to quantize the output with a range of its own; `None` to leave it,
             because it keeps its input's grid or a later layer is computed in the same kernel.
         activation: Name of an activation to apply to the layer's output, after that is quantized.
+        kept: Which zeros and clusters of the layer's weights to hold, as `_preserve.held` returns it.
         **kwargs: As for any Keras layer.
     """
 
-    def __init__(self, layer, scheme, quantize_inputs=(), output=None, activation=None, **kwargs):
+    def __init__(
+        self, layer, scheme, quantize_inputs=(), output=None, activation=None, kept=(), **kwargs
+    ):
         kwargs.setdefault("name", layer.name)
         kwargs.setdefault("dtype", layer.dtype_policy)
         super().__init__(layer, **kwargs)
+        self.supports_masking = layer.supports_masking
         self.scheme = scheme
         self.quantize_inputs = list(quantize_inputs)
         self.output_mode = output
+        self._kept = kept
         self.activation = activation
         self.input_quantizers = [
             self._quantizer(f"input_{i}") if needed else None
             for i, needed in enumerate(self.quantize_inputs)
         ]
-        inner = activation or activation_of(layer)
-        split = activation and activation not in FUSED
+        last = activation or _activations.name_of(layer)
+        split = activation and activation not in _activations.FUSED
         self.inner_quantizer = self._quantizer("before_activation") if split else None
-        self.output_quantizer = self._quantizer("output", FIXED.get(inner)) if output else None
+        self.output_quantizer = self._quantizer("output", last) if output else None
+        self.grids = {name: self._quantizer(name, fixed) for name, fixed in self.inside().items()}
 
-    def _quantizer(self, name, fixed=None):
-        return FakeQuantize(
-            self.scheme.activation_bits,
+    def _quantizer(self, name, activation=None):
+        bits = self.scheme.activation_bits
+        return bits and FakeQuantize(
+            bits,
             self.scheme.observer,
-            fixed,
+            _activations.fixed_range(activation, self.scheme),
             self.scheme.symmetric,
             name=name,
             dtype=self.dtype_policy,
         )
 
+    def inside(self) -> dict[str, str | None]:
+        """Returns the tensors within the layer that integer kernels round, by name.
+
+        Where the runtime prescribes the range, the value is the activation that it belongs to.
+        """
+        return _activations.inside(self.activation or _activations.name_of(self.layer))
+
+    # Whether it has weights that are rounded.
+    rounds_weights = False
+
+    @classmethod
+    def island(cls, layer) -> str:
+        """Why a part of `layer` is computed in float, because LiteRT lacks a kernel; or `""`."""
+        return _activations.float_island(_activations.name_of(layer))
+
+    @property
+    def float_island(self) -> str:
+        """Why a part of the layer is computed in float between quantized tensors; or `""`."""
+        if not self.scheme.activation_bits:
+            return ""
+        return self.island(self.layer) or _activations.float_island(self.activation)
+
     @property
     def quantizers(self) -> list[FakeQuantize]:
         """The `FakeQuantize` layers of this layer, inputs first."""
-        every = [*self.input_quantizers, self.inner_quantizer, self.output_quantizer]
+        every = [*self.input_quantizers, *self.grids.values()]
+        every += [self.inner_quantizer, self.output_quantizer]
         return [quantizer for quantizer in every if quantizer is not None]
 
     def build(self, input_shape=None):
         super().build(input_shape)
         for quantizer in self.quantizers:
             quantizer.build()
+        _preserve.hold_again(self.layer, self._kept)
 
     def call(self, inputs, training=None, mask=None):
-        if any(self.quantize_inputs):
-            tensors = [
-                x if quantize is None else quantize(x, training=training)
-                for x, quantize in zip(
-                    keras.tree.flatten(inputs), self.input_quantizers, strict=True
-                )
-            ]
-            inputs = keras.tree.pack_sequence_as(inputs, tensors)
-        y = self.compute(inputs, training, mask)
+        inputs = self.enter(inputs, training)
+        return self.leave(self.compute(inputs, training, mask), training)
+
+    def enter(self, inputs, training):
+        """Returns the inputs, quantized where they were not."""
+        if not any(self.quantize_inputs):
+            return inputs
+        tensors = [
+            x if quantize is None else quantize(x, training=training)
+            for x, quantize in zip(keras.tree.flatten(inputs), self.input_quantizers, strict=True)
+        ]
+        return keras.tree.pack_sequence_as(inputs, tensors)
+
+    def leave(self, y, training):
+        """Returns the output for what the layer computed: activated and quantized."""
         if self.activation:
             if self.inner_quantizer is not None:
                 y = self.inner_quantizer(y, training=training)
-            y = activate(self.activation, y)
+            y = _activations.apply(self.activation, y, self.on_grid(training))
         if self.output_quantizer is not None:
             y = self.output_quantizer(y, training=training)
         return y
 
+    def on_grid(self, training):
+        """Returns a function `(name, x)` that quantizes a tensor of `inside()`."""
+
+        def quantize(name, x):
+            quantizer = self.grids[name]
+            return x if quantizer is None else quantizer(x, training=training)
+
+        return quantize
+
+    def rounded(self, variable, axes=(-1,)):
+        """Returns the values of a weight on its grid, with a scale for each index along `axes`."""
+        _preserve.catch_up(variable)
+        if _preserve.clusters_of(variable):
+            return _preserve.round_clusters(variable, self.layer, self.scheme, axes)
+        return round_weights(variable.value, self.scheme, axes)
+
     def compute(self, inputs, training, mask):
         """Returns the layer's output, before any activation that was split from it."""
-        if activation_of(self.layer) == "silu":
-            return activate("silu", inputs)
-        return _call(self.layer, inputs, training, mask)
+        name = _activations.name_of(self.layer)
+        if name in _activations.COMPOSED:
+            return _activations.apply(name, inputs, self.on_grid(training))
+        return call_layer(self.layer, inputs, training, mask)
+
+    def compute_mask(self, inputs, previous_mask=None):
+        return self.layer.compute_mask(inputs, previous_mask)
 
     def compute_output_shape(self, input_shape):
         return self.layer.compute_output_shape(input_shape)
@@ -111,6 +159,7 @@ class QuantizedLayer(keras.layers.Wrapper):
             "quantize_inputs": self.quantize_inputs,
             "output": self.output_mode,
             "activation": self.activation,
+            "kept": _preserve.held(self.layer) if self.built else self._kept,
         }
         return {**super().get_config(), **config}
 
@@ -122,7 +171,7 @@ class QuantizedLayer(keras.layers.Wrapper):
 
 @keras.saving.register_keras_serializable(package="accel_tf")
 class QuantizedWeights(QuantizedLayer):
-    """Runs a Dense, Conv2D or DepthwiseConv2D layer with its kernel on the integer grid.
+    """Runs a dense or convolutional layer with its kernel on the integer grid.
 
     Per-channel symmetric weights stay on a grid when a BatchNormalization behind them is folded
     into the kernel, as that only multiplies each channel's scale. So the model need not fold it.
@@ -133,50 +182,128 @@ class QuantizedWeights(QuantizedLayer):
         scheme, quantize_inputs, output, activation, kwargs: As for `QuantizedLayer`.
     """
 
+    rounds_weights = True
+
     def compute(self, inputs, training, mask):
         kernel = self.layer.kernel
-        depthwise = isinstance(self.layer, keras.layers.DepthwiseConv2D)
-        axes = (-2, -1) if depthwise else (-1,)
-        rounded = fake_quantize_weights(kernel.value, self.scheme.weight_bits, axes)
+        rounded = self.rounded(kernel, channel_axes(self.layer))
         with keras.StatelessScope(state_mapping=[(kernel, rounded)]):
-            return self._run(inputs)
+            return self._run(inputs, rounded)
 
-    def _run(self, inputs):
-        between = tuple(inputs.shape[1:-1])
-        if not isinstance(self.layer, keras.layers.Dense) or not between or None in between:
+    def _run(self, x, kernel):
+        layer = self.layer
+        if isinstance(layer, _L.Dense):
+            return _dense(layer, x)
+        if isinstance(layer, _L.EinsumDense):
+            return einsum_dense(layer, x, kernel)
+        if isinstance(layer, _L.Conv2D | _L.DepthwiseConv2D) and max(layer.dilation_rate) > 1:
+            return _dilated(layer, x, kernel)
+        return layer(x)
+
+
+@keras.saving.register_keras_serializable(package="accel_tf")
+class QuantizedSeparable(QuantizedLayer):
+    """Runs a separable convolution as its two kernels, between which the runtime rounds.
+
+    Args:
+        layer: A SeparableConv1D or SeparableConv2D.
+        scheme, quantize_inputs, output, activation, kwargs: As for `QuantizedLayer`.
+    """
+
+    rounds_weights = True
+
+    def inside(self):
+        return {**super().inside(), "depthwise": None}
+
+    def compute(self, inputs, training, mask):
+        layer, dtype = self.layer, inputs.dtype
+        row = len(inputs.shape) == 3  # 1-D: an image of one row
+        x = inputs[:, None] if row else inputs
+        depthwise = tf.cast(self.rounded(layer.depthwise_kernel, (-2, -1)), dtype)
+        pointwise = tf.cast(self.rounded(layer.pointwise_kernel), dtype)
+        if row:
+            depthwise, pointwise = depthwise[None], pointwise[None]
+        strides = (*layer.strides, *layer.strides)[-2:]  # TensorFlow takes equal ones only.
+        rates = (1, *layer.dilation_rate)[-2:]
+        padding = layer.padding.upper()
+        if padding == "CAUSAL":
+            reach = (layer.kernel_size[0] - 1) * rates[1]
+            x, padding = tf.pad(x, [[0, 0], [0, 0], [reach, 0], [0, 0]]), "VALID"
+        y = tf.nn.depthwise_conv2d(x, depthwise, (1, *strides, 1), padding, dilations=rates)
+        y = tf.nn.conv2d(self.on_grid(training)("depthwise", y), pointwise, 1, "VALID")
+        if layer.use_bias:
+            y += tf.cast(layer.bias.value, dtype)
+        return layer.activation(y[:, 0] if row else y)
+
+
+@keras.saving.register_keras_serializable(package="accel_tf")
+class QuantizedEmbedding(QuantizedLayer):
+    """Looks up a table on the integer grid, one grid for all of it; the output is on it, too.
+
+    Args:
+        layer: An Embedding.
+        scheme, quantize_inputs, output, activation, kwargs: As for `QuantizedLayer`.
+    """
+
+    rounds_weights = True
+
+    def compute(self, inputs, training, mask):
+        table = self.layer.embeddings
+        value = table.value
+        if self.scheme.activation_bits:
+            # Its rows become activations, so they are on such a grid: asymmetric, 8 or 16 bits.
+            rounded = round_like_activations(value, self.scheme)
+        else:
+            rounded = self.rounded(table, () if self.scheme.group_size is None else (0,))
+        with keras.StatelessScope(state_mapping=[(table, rounded)]):
             return self.layer(inputs)
-        # One matrix product for all positions, whose number is known except for the batch.
-        y = self.layer(tf.reshape(inputs, (-1, inputs.shape[-1])))
-        return tf.reshape(y, (-1, *between, y.shape[-1]))
+
+
+@keras.saving.register_keras_serializable(package="accel_tf")
+class QuantizedPReLU(QuantizedLayer):
+    """Runs a PReLU with its slopes on a grid.
+
+    Args:
+        layer: A PReLU.
+        scheme, quantize_inputs, output, activation, kwargs: As for `QuantizedLayer`.
+    """
+
+    def compute(self, inputs, training, mask):
+        alpha = self.layer.alpha
+        rounded = round_like_activations(alpha.value, self.scheme)
+        with keras.StatelessScope(state_mapping=[(alpha, rounded)]):
+            return self.layer(inputs)
 
 
 @keras.saving.register_keras_serializable(package="accel_tf")
 class QuantizedAffine(QuantizedLayer):
-    """Runs a BatchNormalization or Rescaling that no convolution takes in: y = m·x + b per channel.
+    """Runs a layer that computes y = m·x + b per channel and that no convolution takes in.
 
     In inference it is a 1×1 depthwise convolution, which LiteRT computes as one integer kernel
     with a scale per channel, so m costs no accuracy; as a product and a sum it would need two and
     a rounding in between.
 
     Args:
-        layer: A BatchNormalization over the last axis, or a Rescaling.
+        layer: A BatchNormalization or Normalization over the last axis, a Rescaling, or a layer with
+            one weight `gamma` that multiplies the channels.
         scheme, quantize_inputs, output, activation, kwargs: As for `QuantizedLayer`.
     """
 
     def compute(self, inputs, training, mask):
-        if isinstance(self.layer, keras.layers.BatchNormalization):
-            if training and self.layer.trainable:
-                return _call(self.layer, inputs, training, mask)
-            factor, offset = _normalization(self.layer)
-        else:
-            channels = inputs.shape[-1]
-            factor = tf.broadcast_to(tf.cast(self.layer.scale, tf.float32), (channels,))
-            offset = tf.broadcast_to(tf.cast(self.layer.offset, tf.float32), (channels,))
-        factor, offset = (tf.cast(value, inputs.dtype) for value in (factor, offset))
+        batch_norm = isinstance(self.layer, _L.BatchNormalization)
+        if batch_norm and training and self.layer.trainable:
+            return call_layer(self.layer, inputs, training, mask)
+        channels = inputs.shape[-1]
+        dtype = inputs.dtype if inputs.dtype.is_floating else self.compute_dtype
+        factor, offset = (
+            tf.cast(tf.broadcast_to(tf.cast(value, tf.float32), (channels,)), dtype)
+            for value in _affine(self.layer)
+        )
         shape = inputs.shape[1:]
-        x = inputs if len(shape) == 3 else tf.reshape(inputs, (-1, 1, 1, shape[-1]))
+        x = tf.cast(inputs, dtype)
+        x = x if len(shape) == 3 else tf.reshape(x, (-1, 1, 1, channels))
         y = tf.nn.depthwise_conv2d(x, factor[None, None, :, None], [1, 1, 1, 1], "VALID") + offset
-        return y if len(shape) == 3 else tf.reshape(y, (-1, *shape))
+        return y if len(shape) == 3 else unflatten(y, inputs, len(shape), (channels,))
 
 
 @keras.saving.register_keras_serializable(package="accel_tf")
@@ -197,46 +324,109 @@ class QuantizedReshape(QuantizedLayer):
         return tf.reshape(inputs, (-1, *shape))
 
 
-def activation_of(layer) -> str | None:
-    """Returns the name of the activation that `layer` ends with, `None` if it has none.
+@keras.saving.register_keras_serializable(package="accel_tf")
+class QuantizedResize(QuantizedLayer):
+    """Runs an UpSampling2D or Resizing as the one kernel that LiteRT has for it.
 
-    Layers such as `ReLU(6)` are named by the activation that they amount to; what has no name here
-    is returned as its Keras name, or as the class's.
+    Args:
+        layer: An UpSampling2D, or a Resizing that only resizes, nearest or bilinear.
+        scheme, quantize_inputs, output, activation, kwargs: As for `QuantizedLayer`.
     """
-    if isinstance(layer, keras.layers.ReLU):
-        if layer.negative_slope or layer.threshold or layer.max_value not in (None, 6):
-            return repr_of_relu(layer)
-        return "relu" if layer.max_value is None else "relu6"
-    if isinstance(layer, keras.layers.Softmax):
-        return "softmax"
-    if isinstance(layer, keras.layers.LeakyReLU):
-        return "leaky_relu"
-    if not hasattr(layer, "activation"):
-        return None
-    name = keras.activations.serialize(layer.activation)
-    if not isinstance(name, str):
-        return getattr(layer.activation, "__name__", type(layer.activation).__name__)
-    return {"swish": "silu"}.get(name, name)
+
+    def compute(self, inputs, training, mask):
+        size = self.layer.compute_output_shape(inputs.shape)[1:3]
+        if None in size:
+            return self.layer(inputs)
+        return tf.cast(tf.image.resize(inputs, size, self.layer.interpolation), inputs.dtype)
 
 
-def repr_of_relu(layer) -> str:
-    """Returns how an unusual ReLU layer was configured, for messages."""
-    return (
-        f"ReLU(max_value={layer.max_value}, negative_slope={layer.negative_slope}, "
-        f"threshold={layer.threshold})"
-    )
+def channel_axes(layer) -> tuple[int, ...]:
+    """Returns the axes of a layer's kernel that number its output channels."""
+    if isinstance(layer, _L.DepthwiseConv1D | _L.DepthwiseConv2D):
+        return (-2, -1)
+    if isinstance(layer, _L.Conv1DTranspose | _L.Conv2DTranspose):
+        return (-2,)
+    if isinstance(layer, _L.EinsumDense):
+        _, kernel, output = split_einsum(layer.equation)
+        return tuple(i for i, letter in enumerate(kernel) if letter in output)
+    return (-1,)
 
 
-def activate(name, x):
-    """Applies the activation called `name`; a product inside it is quantized like any other."""
-    if name == "silu":
-        gate = tf.cast(tf.sigmoid(x), tf.float32)
-        gate = tf.quantization.fake_quant_with_min_max_vars(gate, *FIXED["sigmoid"])
-        return x * tf.cast(gate, x.dtype)
-    return keras.activations.get(name)(x)
+def split_einsum(equation: str) -> tuple[str, str, str]:
+    """Returns the letters of input, kernel and output of an EinsumDense equation."""
+    left, output = equation.replace(" ", "").split("->")
+    return (*left.split(","), output)
 
 
-def _normalization(layer):
+def einsum_dense(layer, x, kernel, factor=None):
+    """Runs an EinsumDense as one matrix product where it amounts to one, as most do.
+
+    Args:
+        layer: An EinsumDense.
+        x: Its input.
+        kernel: Its kernel, on a grid.
+        factor: What to multiply the result by, before the layer's activation.
+    """
+    given, letters, output = (part.replace("...", "") for part in split_einsum(layer.equation))
+    summed = [letter for letter in letters if letter not in output]
+    n = len(summed)
+    made = letters[n:]
+    plain = list(letters[:n]) == summed and not set(given) & set(made)
+    if not plain or not given.endswith(letters[:n]) or not output.endswith(made):
+        return layer(x) if factor is None else layer(x) * factor
+    rows, columns = kernel.shape[:n].num_elements(), kernel.shape[n:].num_elements()
+    y = tf.reshape(x, (-1, rows)) @ tf.reshape(tf.cast(kernel, x.dtype), (rows, columns))
+    tail = tuple(kernel.shape[n:])
+    if layer.bias is not None:
+        bias = tf.broadcast_to(tf.cast(layer.bias.value, y.dtype), tail)
+        y += tf.reshape(bias, (columns,))
+    if factor is not None:
+        y *= factor  # Here it is folded into the kernel.
+    return layer.activation(unflatten(y, x, len(x.shape) - n, tail))
+
+
+def unflatten(y, x, rank: int, tail: tuple):
+    """Reshapes `y` to the first `rank` axes of `x`, the batch left open, and then `tail`."""
+    sizes = [n if n is not None else tf.shape(x)[i] for i, n in enumerate(x.shape)]
+    return tf.reshape(y, (-1, *sizes[1:rank], *tail))
+
+
+def call_layer(layer, inputs, training, mask):
+    """Calls a layer with what it takes of `training` and `mask`."""
+    given = {"training": training, "mask": mask}
+    known = inspect.signature(layer.call).parameters
+    return layer(inputs, **{name: value for name, value in given.items() if name in known})
+
+
+def _dense(layer, x):
+    """Runs a Dense layer as one matrix product for all positions, which is one integer kernel."""
+    if len(x.shape) == 2:
+        return layer(x)
+    return unflatten(layer(tf.reshape(x, (-1, x.shape[-1]))), x, len(x.shape) - 1, (layer.units,))
+
+
+def _dilated(layer, x, kernel):
+    """Runs a dilated convolution as one kernel; Keras would take the image apart for it."""
+    kernel = tf.cast(kernel, x.dtype)
+    padding, rates = layer.padding.upper(), layer.dilation_rate
+    if isinstance(layer, _L.DepthwiseConv2D):
+        y = tf.nn.depthwise_conv2d(x, kernel, (1, *layer.strides, 1), padding, dilations=rates)
+    else:
+        y = tf.nn.conv2d(x, kernel, layer.strides, padding, dilations=rates)
+    if layer.use_bias:
+        y += tf.cast(layer.bias.value, y.dtype)
+    return layer.activation(y)
+
+
+def _affine(layer):
+    """Returns m and b, float32, of one element or one for each channel."""
+    if isinstance(layer, _L.Rescaling):
+        return layer.scale, layer.offset
+    if isinstance(layer, _L.Normalization):
+        mean, spread = (tf.reshape(tf.cast(v, tf.float32), (-1,)) for v in _statistics(layer))
+        return (spread, mean) if layer.invert else (1 / spread, -mean / spread)
+    if not isinstance(layer, _L.BatchNormalization):
+        return layer.gamma.value, 0.0
     factor = tf.math.rsqrt(layer.moving_variance.value + layer.epsilon)
     if layer.scale:
         factor *= layer.gamma.value
@@ -246,7 +436,6 @@ def _normalization(layer):
     return factor, offset
 
 
-def _call(layer, inputs, training, mask):
-    given = {"training": training, "mask": mask}
-    known = inspect.signature(layer.call).parameters
-    return layer(inputs, **{name: value for name, value in given.items() if name in known})
+def _statistics(layer):
+    mean, variance = (tf.convert_to_tensor(v) for v in (layer.mean, layer.variance))
+    return mean, tf.maximum(tf.sqrt(variance), keras.config.epsilon())

@@ -1,0 +1,116 @@
+"""Activations on the integer grid: which kernel computes each, and where that rounds."""
+
+import keras
+import tensorflow as tf
+
+from accel_tf.layers import Operator
+
+_L = keras.layers
+
+# Computed inside the kernel before them.
+FUSED = ("linear", "relu", "relu6")
+
+# Ranges that the integer kernels prescribe for their output, in steps of 1/256 or 1/128.
+FIXED = {
+    "softmax": (0.0, 255 / 256),
+    "sigmoid": (0.0, 255 / 256),
+    "tanh": (-1.0, 127 / 128),
+}
+
+# One kernel each, whose output has a range of its own.
+ONE_KERNEL = ("leaky_relu", "hard_silu", "gelu", "exponential")
+
+# Several kernels: the tensors between them, each with the activation that prescribes its range.
+COMPOSED = {
+    "silu": {"gate": "sigmoid"},
+    "hard_sigmoid": {"clipped": None},
+}
+
+# No integer kernel: the tensor becomes float for them, and is quantized again.
+FLOAT = ("elu", "selu", "celu", "softplus", "softsign", "mish", "log_softmax", "log_sigmoid")
+
+KNOWN = (*FUSED, *FIXED, *ONE_KERNEL, *COMPOSED, *FLOAT)
+
+_OPERATORS = {
+    "Gelu": "gelu",
+    "HardSilu": "hard_silu",
+    "Relu": "relu",
+    "Relu6": "relu6",
+    "Sigmoid": "sigmoid",
+    "Silu": "silu",
+    "Softmax": "softmax",
+    "Tanh": "tanh",
+}
+_OTHER_NAMES = {"swish": "silu", "hard_swish": "hard_silu", "relu_6": "relu6"}
+
+
+def name_of(layer) -> str | None:
+    """Returns the name of the activation that `layer` ends with, `None` if it has none.
+
+    Layers such as `ReLU(6)` are named by the activation that they amount to; what has no name here
+    is returned as its Keras name, or as the class's.
+    """
+    if isinstance(layer, Operator):
+        layer = layer.operation
+    if not isinstance(layer, keras.Layer):
+        return _OPERATORS.get(type(layer).__name__)
+    if isinstance(layer, _L.ReLU):
+        return _name_of_relu(layer)
+    if isinstance(layer, _L.Softmax):
+        return "softmax"
+    if isinstance(layer, _L.LeakyReLU):
+        return "leaky_relu"
+    if isinstance(layer, _L.ELU):
+        return "elu"
+    if not hasattr(layer, "activation"):
+        return None
+    name = keras.activations.serialize(layer.activation)
+    if not isinstance(name, str):
+        name = getattr(layer.activation, "__name__", type(layer.activation).__name__)
+    return _OTHER_NAMES.get(name, name)
+
+
+def _name_of_relu(layer):
+    if layer.negative_slope and layer.max_value is None and not layer.threshold:
+        return "leaky_relu"
+    if layer.negative_slope or layer.threshold or layer.max_value not in (None, 6):
+        return (
+            f"ReLU(max_value={layer.max_value}, negative_slope={layer.negative_slope}, "
+            f"threshold={layer.threshold})"
+        )
+    return "relu" if layer.max_value is None else "relu6"
+
+
+def fixed_range(name: str | None, scheme) -> tuple[float, float] | None:
+    """Returns the range that the kernels prescribe behind an activation, or `None`."""
+    if name not in FIXED:
+        return None
+    if scheme.symmetric:
+        limit = 1 - 2.0 ** (1 - scheme.activation_bits)
+        return -limit, limit
+    return FIXED[name]
+
+
+def inside(name: str | None) -> dict[str, str | None]:
+    """Returns the tensors within an activation that are rounded, see `QuantizedLayer.inside`."""
+    return COMPOSED.get(name, {})
+
+
+def float_island(name: str | None) -> str:
+    """Returns why an activation is computed in float, or `""`."""
+    return f"LiteRT has no int8 kernel for {name}" if name in FLOAT else ""
+
+
+def apply(name: str, x, on_grid):
+    """Applies the activation called `name`.
+
+    Args:
+        name: One of `KNOWN`.
+        x: The tensor, on a grid.
+        on_grid: A function `(name, tensor)` that rounds the tensors named by `inside(name)`.
+    """
+    if name == "silu":
+        return x * on_grid("gate", tf.sigmoid(x))
+    if name == "hard_sigmoid":
+        return on_grid("clipped", tf.nn.relu6(x + 3.0)) * (1 / 6)
+    return keras.activations.get(name)(x)

@@ -1,0 +1,182 @@
+"""Layers of several integer kernels: attention, scaled sums, and the operators between layers."""
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from accel_tf.quantization import _activations
+from accel_tf.quantization._fake import frozen, is_observing
+from accel_tf.quantization._layers import QuantizedLayer, channel_axes, einsum_dense
+from accel_tf.quantization._weights import round_like_activations
+
+# How far below the other scores one that is masked lies: e⁻⁸ is less than a tenth of a step.
+_MASKED = 8.0
+
+
+@keras.saving.register_keras_serializable(package="accel_tf")
+class QuantizedNormalization(QuantizedLayer):
+    """Runs a LayerNormalization in float between quantized tensors.
+
+    Args:
+        layer: A LayerNormalization over the last axis.
+        scheme, quantize_inputs, output, activation, kwargs: As for `QuantizedLayer`.
+    """
+
+    @classmethod
+    def island(cls, layer):
+        return "LiteRT has no int8 kernel for layer normalization"
+
+    def compute(self, inputs, training, mask):
+        if not frozen():
+            return self.layer(inputs)
+        # Sums, not means: the converter would round a mean of integers to their grid.
+        layer, share = self.layer, 1 / inputs.shape[-1]
+        x = inputs
+        if not layer.rms_scaling:
+            x -= tf.reduce_sum(x, -1, keepdims=True) * share
+        y = x * tf.math.rsqrt(tf.reduce_sum(x * x, -1, keepdims=True) * share + layer.epsilon)
+        if layer.gamma is not None:
+            y *= layer.gamma.value
+        return y if layer.beta is None else y + layer.beta.value
+
+
+@keras.saving.register_keras_serializable(package="accel_tf")
+class QuantizedScaledSum(QuantizedLayer):
+    """Runs a layer that adds its second input, times a constant `scale`, to its first.
+
+    Args:
+        layer: The layer, with an attribute `scale`.
+        scheme, quantize_inputs, output, activation, kwargs: As for `QuantizedLayer`.
+    """
+
+    def inside(self):
+        return {"scaled": None}
+
+    def compute(self, inputs, training, mask):
+        x, y = inputs
+        return x + self.on_grid(training)("scaled", y * self.layer.scale)
+
+
+@keras.saving.register_keras_serializable(package="accel_tf")
+class QuantizedOperator(QuantizedLayer):
+    """Runs an operator between layers, such as `x + y`, with its constants on a grid of their own.
+
+    Args:
+        layer: An `accel_tf.layers.Operator`.
+        scheme, quantize_inputs, output, activation, kwargs: As for `QuantizedLayer`.
+    """
+
+    def compute(self, inputs, training, mask):
+        def rounded(constant):
+            if np.ndim(constant) and np.asarray(constant).dtype.kind == "f":
+                return round_like_activations(tf.cast(constant, inputs_dtype), self.scheme)
+            return constant
+
+        name = _activations.name_of(self.layer)
+        if name in _activations.COMPOSED:
+            return _activations.apply(name, inputs, self.on_grid(training))
+        inputs_dtype = keras.tree.flatten(inputs)[0].dtype
+        return self.layer.run(inputs, rounded)
+
+
+@keras.saving.register_keras_serializable(package="accel_tf")
+class QuantizedAttention(QuantizedLayer):
+    """Runs a MultiHeadAttention as integer products, with a softmax of integers in between.
+
+    Masked scores get the lowest value of the scores' grid, which is held so low that nothing of them
+    is left after the softmax.
+
+    Args:
+        layer: A MultiHeadAttention over one axis.
+        scheme, output, activation, kwargs: As for `QuantizedLayer`.
+        quantize_inputs: As for `QuantizedLayer`; if one input needs it, all are quantized here.
+    """
+
+    rounds_weights = True
+
+    def __init__(self, layer, scheme, quantize_inputs=(), output=None, activation=None, **kwargs):
+        flags = [any(quantize_inputs)] * 3
+        super().__init__(layer, scheme, flags, output, activation, **kwargs)
+
+    def inside(self):
+        names = ("query", "key", "value", "scores", "attended")
+        return {**dict.fromkeys(names), "probabilities": "softmax"}
+
+    def build(self, query_shape, value_shape, key_shape=None):
+        if not self.layer.built:
+            self.layer.build(query_shape, value_shape, key_shape)
+        for quantizer in self.quantizers:
+            quantizer.build()
+        self.built = True
+
+    def call(
+        self,
+        query,
+        value,
+        key=None,
+        query_mask=None,
+        value_mask=None,
+        key_mask=None,
+        attention_mask=None,
+        return_attention_scores=False,
+        training=None,
+        use_causal_mask=False,
+    ):
+        if return_attention_scores:
+            raise ValueError(
+                f"Layer {self.name!r} does not return attention scores once it is quantized."
+            )
+        layer = self.layer
+        query, value, key = self.enter([query, value, value if key is None else key], training)
+        mask = layer._compute_attention_mask(
+            query,
+            value,
+            query_mask=query_mask,
+            value_mask=value_mask,
+            key_mask=key_mask,
+            attention_mask=attention_mask,
+        )
+        if use_causal_mask:
+            causal = np.tri(query.shape[1], value.shape[1], dtype=bool)[None]
+            mask = causal if mask is None else tf.logical_and(tf.cast(mask, tf.bool), causal)
+        on_grid = self.on_grid(training)
+        q = on_grid("query", self._project(layer._query_dense, query, layer._inverse_sqrt_key_dim))
+        k = on_grid("key", self._project(layer._key_dense, key))
+        v = on_grid("value", self._project(layer._value_dense, value))
+        q, k, v = (tf.transpose(x, (0, 2, 1, 3)) for x in (q, k, v))  # (batch, head, position, …)
+        scores = self._masked(tf.matmul(q, k, transpose_b=True), mask, training)
+        probabilities = on_grid("probabilities", tf.nn.softmax(scores))
+        if layer._dropout > 0.0:
+            probabilities = layer._dropout_layer(probabilities, training=training)
+        attended = on_grid("attended", tf.matmul(probabilities, v))
+        y = self._project(layer._output_dense, tf.transpose(attended, (0, 2, 1, 3)))
+        return self.leave(y, training)
+
+    def compute_output_shape(self, query_shape, value_shape, key_shape=None):
+        return self.layer.compute_output_shape(query_shape, value_shape, key_shape)
+
+    def _project(self, dense, x, factor=None):
+        return einsum_dense(dense, x, self.rounded(dense.kernel, channel_axes(dense)), factor)
+
+    def _masked(self, scores, mask, training):
+        on_grid = self.on_grid(training)
+        if mask is None:
+            return on_grid("scores", scores)
+        mask = tf.cast(mask, tf.bool)[:, None]
+        quantizer = self.grids["scores"]
+        if quantizer is None:
+            return tf.where(mask, scores, scores.dtype.min / 2)
+        if frozen():
+            return tf.where(mask, on_grid("scores", scores), quantizer.range[0])
+        # Clipped to the low end of the range, which lies that much lower while it is observed.
+        low = tf.reduce_min(scores) - _MASKED if is_observing(training) else scores.dtype.min / 2
+        return on_grid("scores", tf.where(mask, scores, low))
+
+
+def obstacle(layer, inputs) -> str | None:
+    """Returns what keeps a MultiHeadAttention from being quantized, `None` if nothing does."""
+    if any(len(x.shape) != 3 for x in inputs[:1]) or len(layer._attention_axes) != 1:
+        return "it attends over more than one axis"
+    if getattr(layer, "_use_gate", False):
+        return "it has a gate"
+    return None

@@ -1,0 +1,319 @@
+"""The plan of a rewrite: which layers are quantized how, and where the runtime rounds.
+
+LiteRT fuses a convolution with the BatchNormalization and the ReLU behind it into one kernel that
+rounds once, at its end. The plan finds these groups, so that fake quantization rounds there too.
+"""
+
+import dataclasses
+
+import keras
+
+from accel_tf import layers as graphs
+from accel_tf import report
+from accel_tf.quantization import _activations, _layers, _preserve
+from accel_tf.quantization._rules import Rule, obstacle, rule_of
+from accel_tf.quantization._schemes import Mixed, Scheme, matches
+
+_L = keras.layers
+
+
+@dataclasses.dataclass
+class Step:
+    """What becomes of one layer; `wrapper` is `None` if it stays as it is."""
+
+    wrapper: type | None
+    scheme: Scheme | None = None
+    quantize_inputs: list[bool] = dataclasses.field(default_factory=list)
+    output: str | None = None
+    activation: str | None = None
+    why: str = ""
+
+    @property
+    def note(self) -> str:
+        """The step in words, for the report."""
+        parts = ["input quantized"] if any(self.quantize_inputs) else []
+        if self.wrapper is not None and self.wrapper.rounds_weights:
+            parts.append(_weights_note(self.scheme))
+        if self.why:
+            parts.append(self.why)
+        if self.activation and self.activation not in _activations.FUSED:
+            parts.append(f"quantized before {self.activation}")
+        if self.output:
+            parts.append("output observed")
+        return ", ".join(parts)
+
+    def wrap(self, layer) -> keras.Layer:
+        """Returns the layer that replaces `layer`, without its weights."""
+        if not isinstance(layer, keras.Layer):
+            inner = graphs.Operator.of(layer)
+        else:
+            config = layer.get_config()
+            if self.activation and self.activation not in _activations.FUSED:
+                config["activation"] = None
+            inner = type(layer).from_config(config)
+        after = None if self.activation in _activations.FUSED else self.activation
+        return self.wrapper(inner, self.scheme, self.quantize_inputs, self.output, after)
+
+
+def _weights_note(scheme):
+    if scheme.weight_type == "float":
+        return f"weights float{scheme.weight_bits}"
+    per = "channel" if scheme.group_size is None else f"group of {scheme.group_size}"
+    return f"weights int{scheme.weight_bits} per {per}"
+
+
+class Plan:
+    """Decides on a `Step` for each layer by following the graph from the inputs to the outputs.
+
+    Args:
+        model: The model to rewrite.
+        scheme: A scheme for all of it, or a `Mixed`.
+        exclude: Patterns of paths to leave in float.
+
+    Attributes:
+        paths: The path of each layer and operator, by id.
+        steps: The `Step` of each layer and operator, by id.
+        input_schemes: For each input of the model the scheme to quantize it with, or `None`.
+    """
+
+    def __init__(self, model, scheme, exclude):
+        self.paths = {
+            id(layer): path
+            for path, layer in graphs.walk(model)
+            if not isinstance(layer, _L.InputLayer)
+        }
+        self._schemes = self._schemes_of(scheme, exclude)
+        self._default = scheme.default if isinstance(scheme, Mixed) else scheme
+        self.steps: dict[int, Step] = {}
+        graph = _Graph(model, self)
+        self.input_schemes = [self._scheme_of_input(tensor, graph) for tensor in model.inputs]
+        bits = [s and s.activation_bits for s in self.input_schemes]
+        self._follow(model, bits)
+
+    def _schemes_of(self, scheme, exclude):
+        if isinstance(exclude, str):
+            raise ValueError(f"exclude expects a list of paths, received the string {exclude!r}.")
+        mixed = scheme if isinstance(scheme, Mixed) else Mixed({}, scheme)
+        for what, patterns in (("exclude=", exclude), ("Mixed: ", mixed.schemes)):
+            for pattern in patterns:
+                if not any(matches(path, pattern) for path in self.paths.values()):
+                    raise ValueError(
+                        f"{what}{pattern!r} matches no layer. There are "
+                        f"{report.shorten(self.paths.values())}."
+                    )
+        return {
+            key: None if any(matches(path, p) for p in exclude) else mixed.of(path)
+            for key, path in self.paths.items()
+        }
+
+    def scheme_of(self, layer) -> Scheme | None:
+        """Returns the scheme of a layer, `None` if it stays in float; operators have the default."""
+        return self._schemes.get(id(layer), self._default)
+
+    def _scheme_of_input(self, tensor, graph):
+        """Observed once, however many layers read it: the file has one grid for each input."""
+        if not keras.backend.is_float_dtype(tensor.dtype):
+            return None
+        schemes = [self.scheme_of(call.layer) for call in graph.readers.get(id(tensor), [])]
+        bits = {scheme and scheme.activation_bits for scheme in schemes}
+        return schemes[0] if len(bits) == 1 and None not in bits else None
+
+    def _follow(self, model, input_bits) -> list[int | None]:
+        """Plans the layers of `model`; returns each output's bits, `None` if it is on no grid."""
+        graph = _Graph(model, self)
+        bits = {id(t): b for t, b in zip(model.inputs, input_bits, strict=True)}
+        for call in graph.calls:
+            if isinstance(call.layer, _L.InputLayer):
+                continue
+            given = [bits[id(t)] for t in call.inputs]
+            nested = isinstance(call.layer, keras.Model)
+            if nested and self.scheme_of(call.layer) is not None:
+                results = self._follow(call.layer, given)
+            else:
+                results = [self._plan(call, given, graph)] * len(call.outputs)
+            bits.update((id(t), b) for t, b in zip(call.outputs, results, strict=True))
+        return [bits[id(t)] for t in model.outputs]
+
+    def _plan(self, call, given, graph) -> int | None:
+        layer, scheme = call.layer, self.scheme_of(call.layer)
+        if not isinstance(layer, keras.Layer):
+            self.paths.setdefault(id(layer), layer.name)
+        if scheme is None:
+            self.steps.setdefault(id(layer), Step(None, why="excluded: stays in float"))
+            return None
+        rule = self._check(call)
+        unchanged = given[0] if given and len(set(given)) == 1 else None
+        if rule.kind == "identity":
+            self.steps[id(layer)] = Step(None, why="nothing to compute in inference")
+            return unchanged
+        if rule.kind == "float":
+            why = f"stays in float: LiteRT has no int8 kernel for {type(layer).__name__}"
+            self.steps[id(layer)] = Step(None, why=why)
+            return None
+        if scheme.activation_bits is None:
+            rounds = rule.wrapper is not None and rule.wrapper.rounds_weights
+            step = Step(rule.wrapper, scheme) if rounds else Step(None, why="computes in float")
+            self.steps[id(layer)] = step
+            return unchanged if rule.kind == "grid" and not rounds else None
+        step = self._step(layer, rule, graph)
+        step.scheme = scheme
+        step.quantize_inputs = [
+            b != scheme.activation_bits and _wants_grid(t, rule)
+            for b, t in zip(given, call.inputs, strict=True)
+        ]
+        if any(step.quantize_inputs) and step.wrapper is None:
+            step.wrapper = _layers.QuantizedLayer
+        if earlier := self.steps.get(id(layer)):  # Shared: what any of its calls needs.
+            flags = zip(step.quantize_inputs, earlier.quantize_inputs, strict=True)
+            step.quantize_inputs = [a or b for a, b in flags]
+            step.wrapper = step.wrapper or earlier.wrapper
+            step.output = step.output or earlier.output
+        self.steps[id(layer)] = step
+        return scheme.activation_bits
+
+    def _step(self, layer, rule: Rule, graph) -> Step:
+        if rule.kind == "grid":
+            return Step(rule.wrapper, why="int8 on its input's grid" if not rule.wrapper else "")
+        follower = graph.fused_into(layer)
+        output = None if follower else "observe"
+        why = f"computed in one kernel with {self.paths[id(follower)]}" if follower else ""
+        if graph.folds(layer):
+            why = ", ".join(filter(None, ["folded into the kernel before it", why]))
+            wrapper = _layers.QuantizedLayer if output else None
+            return Step(wrapper, output=output, why=why)
+        if rule.kind in ("kernel", "weights") and hasattr(layer, "activation"):
+            name = _activations.name_of(layer)
+            return Step(rule.wrapper, None, [], output, None if name == "linear" else name, why)
+        if rule.kind == "arithmetic" and output is None and rule.wrapper is _layers.QuantizedLayer:
+            return Step(None, why=why)
+        if rule.kind == "affine":
+            why = why or "one integer kernel"
+        return Step(rule.wrapper, output=output, why=why or rule.wrapper.island(layer))
+
+    def _check(self, call) -> Rule:
+        """Returns the rule of a call's layer; raises a ValueError if it cannot be quantized."""
+        layer, kind = call.layer, type(call.layer).__name__
+        path = self.paths[id(layer)]
+        rule = rule_of(layer)
+        if rule is None and not isinstance(layer, keras.Layer):
+            raise ValueError(
+                f"Cannot quantize the operator {kind!r} ({path}) between layers: there is no "
+                "integer form of it here. Put it into a layer of your own and exclude that."
+            )
+        out = f"Leave it in float with exclude=[{path!r}]"
+        if rule is None:
+            raise ValueError(
+                f"Cannot quantize layer {path!r}: there is no integer form of {kind}. {out}, or "
+                "build the model from the layers that quantize_aware lists."
+            )
+        if reason := obstacle(layer, call.inputs):
+            raise ValueError(f"Cannot quantize layer {path!r} ({kind}): {reason}. {out}.")
+        return rule
+
+
+def _wants_grid(tensor, rule):
+    """Whether a tensor that is on no grid has to be put on one; indices and masks do not."""
+    return keras.backend.is_float_dtype(tensor.dtype) or rule.kind == "affine"
+
+
+class _Graph:
+    """The calls of one model, and which of its layers the runtime computes in one kernel.
+
+    Fusion is for layers that are called once and whose output goes to one place only.
+    """
+
+    def __init__(self, model, plan):
+        self.calls = graphs.calls(model)
+        self.plan = plan
+        self.outputs = {id(t) for t in model.outputs}
+        self.by_layer: dict[int, list[graphs.Call]] = {}
+        self.readers: dict[int, list[graphs.Call]] = {}
+        self.writer = {id(t): call for call in self.calls for t in call.outputs}
+        for call in self.calls:
+            self.by_layer.setdefault(id(call.layer), []).append(call)
+            for tensor in call.inputs:
+                self.readers.setdefault(id(tensor), []).append(call)
+
+    def fused_into(self, layer):
+        """Returns the layer whose kernel rounds the output of `layer`, or `None`: it does itself."""
+        call = self._only_call(layer)
+        reader = call and self._only_reader(call)
+        if reader is None or len(self.by_layer[id(reader.layer)]) > 1:
+            return None
+        after, rule, kind = reader.layer, rule_of(layer), self._kind(reader.layer)
+        if kind is None or self.plan.scheme_of(after) != self.plan.scheme_of(layer):
+            return None
+        activation = _activations.name_of(layer)
+        linear = activation in (None, "linear")
+        if kind == "concatenation":
+            # All inputs of a concatenation share the grid of its output.
+            fits = rule.kind != "grid" and activation not in _activations.FIXED
+            return after if fits else None
+        if not linear or not rule.fuses or self._reshapes_at_its_end(call):
+            return None
+        if kind == "activation":
+            return after if _activations.name_of(after) in _activations.FUSED else None
+        if kind == "affine":
+            return after if rule.kind == "kernel" and _preserve.can_fold(layer, after) else None
+        if kind == "scaled sum":  # which multiplies its second input first, as an affine layer does
+            second = self._same(reader.inputs[1], call.outputs[0])
+            return after if rule.kind == "kernel" and second else None
+        return None
+
+    def _kind(self, layer):
+        rule = rule_of(layer)
+        if type(layer) is _L.Concatenate or type(layer).__name__ == "Concatenate":
+            return "concatenation"
+        if rule is None:
+            return None
+        if rule.kind == "affine":
+            # A Rescaling or Normalization stands at the input, where there is nothing to fold into.
+            return None if isinstance(layer, _L.Rescaling | _L.Normalization) else "affine"
+        if rule.kind == "activation":
+            return "activation"
+        return "scaled sum" if type(layer).__name__ == "CustomScaleLayer" else None
+
+    @staticmethod
+    def _reshapes_at_its_end(call):
+        """Whether the runtime's kernel is followed by a reshape, past which it fuses nothing."""
+        dense = isinstance(call.layer, _L.Dense | _L.EinsumDense)
+        return dense and len(call.outputs[0].shape) > 2
+
+    def _same(self, tensor, other):
+        """Whether `tensor` is `other`, passed on by layers that do nothing in inference."""
+        while tensor is not other:
+            call = self.writer[id(tensor)]
+            if not call.inputs:
+                return False
+            tensor = call.inputs[0]
+        return True
+
+    def folds(self, layer) -> bool:
+        """Whether `layer` is affine and the kernel before it takes it in."""
+        if self._kind(layer) != "affine":
+            return False
+        call = self._only_call(layer)
+        writer = call and self.writer[id(call.inputs[0])]
+        while writer and _is_identity(writer.layer) and writer.inputs:
+            writer = self.writer[id(writer.inputs[0])]
+        rule = writer and rule_of(writer.layer)
+        return bool(rule) and rule.kind == "kernel" and self.fused_into(writer.layer) is layer
+
+    def _only_call(self, layer):
+        found = self.by_layer[id(layer)]
+        return found[0] if len(found) == 1 else None
+
+    def _only_reader(self, call):
+        while len(call.outputs) == 1 and id(call.outputs[0]) not in self.outputs:
+            readers = self.readers.get(id(call.outputs[0]), [])
+            if len(readers) != 1:
+                return None
+            call = readers[0]
+            if not _is_identity(call.layer):
+                return call
+        return None
+
+
+def _is_identity(layer):
+    rule = rule_of(layer)
+    return rule is not None and rule.kind == "identity"

@@ -1,0 +1,241 @@
+"""Zeros and clusters of a model that is quantized, kept while it is trained on and in its file.
+
+A pruned or clustered model may have been stripped, or come from a file: nothing but its weights tells
+then what they were trained to be. So zeros and clusters are found in the weights, and constraints
+like those of `prune` and `cluster` hold them in the quantized model.
+"""
+
+import math
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from accel_tf import layers as graphs
+from accel_tf.clustering import ClusterConstraint, constraint_of
+from accel_tf.pruning._constraint import MaskConstraint, Scores, local_variable
+from accel_tf.quantization._fake import frozen
+from accel_tf.quantization._weights import round_weights, straight_through
+
+_L = keras.layers
+# A share of exact zeros that training does not leave by itself.
+_SPARSE = 0.1
+# As many values as 8 bits have.
+_MOST_CLUSTERS = 256
+# The convolutions whose kernel takes in a BatchNormalization and still holds the same integers.
+_FOLDING = (_L.Conv2D, _L.DepthwiseConv2D)
+
+
+def keep(model: keras.Model) -> dict[str, str]:
+    """Puts constraints on the weights of `model`, a quantized one, that hold zeros and clusters.
+
+    Returns:
+        What is kept in each layer, for its report, by the layer's path.
+    """
+    notes, clusters = {}, False
+    for path, v in _kernels(model):
+        zeros, values = _found(v)
+        if not (zeros or values):
+            continue
+        hold(v, bool(zeros), values)
+        clusters |= bool(values)
+        kept = [f"{zeros / v.shape.num_elements():.0%} zeros"] if zeros else []
+        kept += [f"{values} clusters"] if values else []
+        notes.setdefault(path, []).append(f"{v.name}: {' and '.join(kept)} kept")
+    if clusters:
+        for _, layer in graphs.walk(model):
+            if not isinstance(layer, _L.BatchNormalization) or not _is_positive(layer):
+                continue
+            if layer.gamma.constraint is None:
+                # A factor below zero would fold into negated integers, further values of the kernel.
+                layer.gamma_constraint = layer.gamma.constraint = Positive()
+    return {path: ", ".join(parts) for path, parts in notes.items()}
+
+
+def hold(variable, zeros: bool, clusters: int, now: bool = True) -> None:
+    """Holds the zeros and clusters that a weight has, in place of what held them before.
+
+    Args:
+        variable: The Keras variable.
+        zeros: Whether zeros stay zero.
+        clusters: The number of its values, zero among them; 0 if it has no clusters.
+        now: Whether it has its values already; if not, they are taken when training starts.
+    """
+    if zeros:
+        MaskConstraint.attach(KeptZeros(variable, now), variable)
+    if clusters:
+        ClusterConstraint.attach(variable, clusters, seed=0, now=now)
+
+
+def hold_again(layer: keras.Layer, kept: list[list]) -> None:
+    """Holds in a new layer what `held` returned of one, once it has got its weights."""
+    for position, zeros, clusters in kept:
+        hold(layer.weights[position], zeros, clusters, now=False)
+
+
+def held(layer: keras.Layer) -> list[list]:
+    """Returns what is held in the weights of a layer, to be saved with it.
+
+    Returns:
+        For each such weight its position among `layer.weights`, and what `hold` takes.
+    """
+    weights = [
+        [i, isinstance(v.constraint, MaskConstraint), clusters_of(v)]
+        for i, v in enumerate(layer.weights)
+    ]
+    return [entry for entry in weights if any(entry[1:])]
+
+
+def clusters_of(variable) -> int:
+    """Returns how many values the weights of a Keras variable share; 0 if it is not clustered."""
+    constraint = constraint_of(variable)
+    return constraint.clusters if constraint else 0
+
+
+def catch_up(variable) -> None:
+    """Takes the zeros and clusters from the weights as they are, if that is still to be done."""
+    if tf.inside_function():
+        return  # the constraints do it when a step is traced
+    mask = variable.constraint
+    if isinstance(mask, MaskConstraint) and isinstance(mask.masks, KeptZeros):
+        mask.masks.catch_up()
+    if constraint := constraint_of(variable):
+        constraint.catch_up()
+
+
+def can_fold(layer: keras.Layer, normalization: keras.Layer) -> bool:
+    """Whether the kernel of `layer` stays what it is when `normalization` is folded into it.
+
+    One of clusters is written with the same integers in each channel, in channels of different
+    scales. The converter folds into that only for convolutions, and only by positive factors.
+    """
+    if not any(_is_kernel(v) and _found(v)[1] for v in layer.weights):
+        return True
+    return type(layer) in _FOLDING and (not normalization.scale or _is_positive(normalization))
+
+
+def round_clusters(variable, layer: keras.Layer, scheme, axes) -> tf.Tensor:
+    """Returns the values of a clustered weight rounded to the format of a scheme.
+
+    For `Int8`, each cluster becomes one integer of a single grid. Scales for each channel would make
+    it as many integers as there are channels, and a BatchNormalization that is folded would do so
+    again. It is an operator of quantization here, not plain arithmetic, since the converter takes
+    its integers as they are. The gradient passes straight through.
+
+    Args:
+        variable: The Keras variable.
+        layer: The layer that it belongs to.
+        scheme: The `Scheme`.
+        axes: As for `round_weights`.
+    """
+    if scheme.weight_type != "int" or scheme.activation_bits != 8:
+        return round_weights(variable.value, scheme, axes)
+    return straight_through(
+        lambda w: _one_grid(w, variable, layer, scheme.weight_bits),
+        tf.convert_to_tensor(variable.value),
+    )
+
+
+def _one_grid(w, variable, layer, bits):
+    x = tf.cast(w, tf.float32)
+    limit = tf.maximum(tf.reduce_max(tf.abs(x)), 1e-12)
+    if frozen():
+        with tf.init_scope():  # A converter wants a constant.
+            limit = float(np.max(np.abs(_float32(variable)), initial=1e-12))
+    options = {"num_bits": bits, "narrow_range": True}
+    if type(layer) not in _FOLDING:
+        y = tf.quantization.fake_quant_with_min_max_vars(x, -limit, limit, **options)
+        return tf.cast(y, w.dtype)
+    # Equal limits, one for each channel, which is what a normalization can be folded into.
+    inputs = w.shape[2] if type(layer) is _L.Conv2D else 1  # as a depthwise kernel lies in the file
+    x = tf.reshape(x, (*w.shape[:2], inputs, -1))
+    limits = tf.fill([w.shape.num_elements() // math.prod(x.shape[:3])], limit)
+    y = tf.quantization.fake_quant_with_min_max_vars_per_channel(x, -limits, limits, **options)
+    return tf.cast(tf.reshape(y, w.shape), w.dtype)
+
+
+class KeptZeros:
+    """The mask of one weight, in place of the `Masks` of `prune`: what is zero stays zero.
+
+    Args:
+        variable: The Keras variable.
+        now: Whether it has its values already; if not, `catch_up` takes them.
+    """
+
+    unfinished = ""  # as there is no schedule
+    scores = Scores()  # of no use here: nothing is decided
+
+    def __init__(self, variable, now: bool = True):
+        self._variable, self._pending = variable, not now
+        mask = _float32(variable) != 0 if now else np.ones(variable.shape, bool)
+        self._mask = local_variable(tf.constant(mask), "kept_zeros", variable)
+        self.masks = {id(variable): self._mask}
+
+    def remove(self, variable) -> None:
+        """Leaves the weight to another verb: nothing to do, as it shares its mask with none."""
+
+    def update(self, variable) -> None:
+        """Follows weights that were restored, before the step that is traced."""
+        if tf.inside_function():
+            with tf.init_scope():
+                self._pending = True
+                self.catch_up()
+
+    def catch_up(self) -> None:
+        """Takes the zeros of the weight as it is, if that is still to be done."""
+        if self._pending:
+            self._pending = False
+            self._mask.assign(_float32(self._variable) != 0)
+
+
+@keras.saving.register_keras_serializable(package="accel_tf")
+class Positive(keras.constraints.Constraint):
+    """Keeps weights from zero up, just above it: a folded scale must not vanish."""
+
+    def __call__(self, w):
+        return keras.ops.maximum(w, 1e-4)
+
+
+def _kernels(model):
+    """Yields the path of the layer, a whole one of the graph, and each kernel or table in it once."""
+    seen = set()
+    for path, layer in graphs.walk(model):
+        if isinstance(layer, keras.Model):
+            continue
+        for v in layer.weights:
+            if id(v) not in seen and _is_kernel(v):
+                yield path, v
+            seen.add(id(v))
+
+
+def _is_kernel(v) -> bool:
+    named = v.name.endswith(("kernel", "embeddings"))
+    return named and len(v.shape) >= 2 and keras.backend.is_float_dtype(v.dtype)
+
+
+def _found(v) -> tuple[int, int]:
+    """Returns how many zeros are to be kept in a kernel, and how many values; 0 for none."""
+    w = _float32(v).ravel()
+    alive = w[w != 0]
+    zeros = w.size - alive.size
+    clustered = _are_few(alive, exact=v.dtype == "float32")
+    if not alive.size or zeros < (1 if clustered else _SPARSE * w.size):
+        zeros = 0
+    return zeros, np.unique(alive).size + bool(zeros) if clustered else 0
+
+
+def _are_few(numbers, exact: bool) -> bool:
+    """Whether numbers share so few values that it is no coincidence; `exact` ones never coincide."""
+    if numbers.size < 8 or np.unique(numbers[:4096]).size > _MOST_CLUSTERS - 1:
+        return False
+    values = np.unique(numbers).size
+    most = numbers.size - 1 if exact else numbers.size // 2
+    return 2 <= values <= min(most, _MOST_CLUSTERS - 1)
+
+
+def _is_positive(normalization) -> bool:
+    return normalization.scale and bool((_float32(normalization.gamma) > 0).all())
+
+
+def _float32(variable) -> np.ndarray:
+    return keras.ops.convert_to_numpy(keras.ops.cast(variable.value, "float32"))

@@ -1,0 +1,200 @@
+"""Recurrent layers: their steps as integer kernels, with ranges observed after the loop.
+
+A replica of a strategy may not exchange ranges within a loop, so the loop runs on the ranges as they
+are, and then all steps at once are computed again from the states that it went through, to be seen.
+"""
+
+import keras
+import tensorflow as tf
+
+from accel_tf.quantization._fake import applying, frozen, is_observing
+from accel_tf.quantization._layers import QuantizedLayer, unflatten
+
+_L = keras.layers
+
+
+@keras.saving.register_keras_serializable(package="accel_tf")
+class QuantizedRecurrent(QuantizedLayer):
+    """Runs an LSTM, GRU or SimpleRNN on the integer grid.
+
+    The product of all inputs with the kernel is one; in a file the steps follow one another without
+    a loop, so their number must be known there.
+
+    Args:
+        layer: The recurrent layer.
+        scheme, quantize_inputs, output, activation, kwargs: As for `QuantizedLayer`.
+    """
+
+    rounds_weights = True
+
+    def inside(self):
+        return {"input_product": None, "state": "tanh", **_STEPS[type(self.layer)].grids}
+
+    def compute(self, inputs, training, mask):
+        layer, on_grid = self.layer, self.on_grid(training)
+        x = inputs
+        if training and layer.cell.dropout:  # One choice for all steps, as in Keras.
+            x = tf.nn.dropout(x, layer.cell.dropout, noise_shape=(tf.shape(x)[0], 1, x.shape[2]))
+        kernel = tf.cast(self.rounded(layer.cell.kernel), x.dtype)
+        step = _STEPS[type(layer)](layer.cell, self.rounded(layer.cell.recurrent_kernel), x.dtype)
+        flat = tf.reshape(x, (-1, x.shape[2])) @ kernel + step.input_bias
+        product = on_grid("input_product", unflatten(flat, x, 2, (kernel.shape[1],)))
+        if layer.go_backwards:
+            product = tf.reverse(product, [1])
+            mask = None if mask is None else tf.reverse(mask, [1])
+        if frozen():
+            return self._unrolled(step, product, mask)
+        with applying():
+            states = self._loop(step, product, mask, self.on_grid(False))
+        if is_observing(training):
+            start = [tf.zeros_like(s[:, :1]) for s in states]
+            before = [tf.concat([a, s[:, :-1]], 1) for a, s in zip(start, states, strict=True)]
+            product, *before = (tf.stop_gradient(t) for t in (product, *before))
+            step(on_grid, product, before)
+        return states[0] if layer.return_sequences else states[0][:, -1]
+
+    def _loop(self, step, product, mask, on_grid):
+        """Returns the states after each step, (batch, steps, units) each."""
+        steps = product.shape[1]
+        length = tf.shape(product)[1] if steps is None else steps
+        product = tf.transpose(product, (1, 0, 2))
+        mask = None if mask is None else tf.transpose(mask)[..., None]
+        zero = tf.zeros((tf.shape(product)[1], self.layer.units), product.dtype)
+        records = [
+            tf.TensorArray(product.dtype, length, element_shape=(None, self.layer.units))
+            for _ in range(step.states)
+        ]
+
+        def body(t, states, records):
+            new = step(on_grid, product[t], states)
+            if mask is not None:
+                new = [tf.where(mask[t], a, b) for a, b in zip(new, states, strict=True)]
+            return t + 1, new, [r.write(t, s) for r, s in zip(records, new, strict=True)]
+
+        *_, records = tf.while_loop(
+            lambda t, *_: t < length,
+            body,
+            (0, [zero] * step.states, records),
+            maximum_iterations=length,
+        )
+        return [tf.transpose(r.stack(), (1, 0, 2)) for r in records]
+
+    def _unrolled(self, step, product, mask):
+        if product.shape[1] is None:
+            raise ValueError(
+                f"Layer {self.name!r} ({type(self.layer).__name__}) takes sequences of any length; "
+                "in a file of integers the number of steps is fixed. Give the model's input a length."
+            )
+        on_grid, states, outputs = self.on_grid(False), None, []
+        masks = [None] * product.shape[1] if mask is None else tf.unstack(mask, axis=1)
+        for x, keep in zip(tf.unstack(product, axis=1), masks, strict=True):
+            new = step(on_grid, x, states)
+            if keep is not None:
+                old = states or [tf.zeros((1, self.layer.units), s.dtype) for s in new]
+                new = [tf.where(keep[:, None], a, b) for a, b in zip(new, old, strict=True)]
+            states = new
+            outputs.append(states[0])
+        return tf.stack(outputs, axis=1) if self.layer.return_sequences else outputs[-1]
+
+
+class _Step:
+    """One step: new states, the output first, from the product of the input and the old states.
+
+    Called with `states=None` for the first step, when they are zeros and some products vanish.
+    """
+
+    states = 1
+    grids: dict[str, str | None] = {}
+
+    def __init__(self, cell, recurrent, dtype):
+        self.recurrent = tf.cast(recurrent, dtype)
+        self.input_bias = tf.cast(cell.bias.value, dtype) if cell.use_bias else 0.0
+        self.after = getattr(cell, "reset_after", False)
+        if self.after and cell.use_bias:
+            self.input_bias, self.recurrent_bias = tf.unstack(self.input_bias)
+        else:
+            self.recurrent_bias = 0.0
+
+    def product(self, h):
+        """The product of a state, (batch, units) or (batch, steps, units), and the kernel."""
+        units, made = self.recurrent.shape
+        if len(h.shape) == 2:
+            return h @ self.recurrent + self.recurrent_bias
+        return unflatten(tf.reshape(h, (-1, units)) @ self.recurrent, h, 2, (made,)) + (
+            self.recurrent_bias
+        )
+
+
+class _LSTM(_Step):
+    states = 2
+    grids = {
+        **dict.fromkeys(("recurrent_product", "gates", "kept", "added", "cell")),
+        **dict.fromkeys(("input_gate", "forget_gate", "output_gate"), "sigmoid"),
+        **dict.fromkeys(("candidate", "cell_activation"), "tanh"),
+    }
+
+    def __call__(self, on_grid, x, states):
+        if states is not None:
+            x = x + on_grid("recurrent_product", self.product(states[0]))
+        i, f, g, o = tf.split(on_grid("gates", x), 4, axis=-1)
+        c = on_grid(
+            "added",
+            on_grid("input_gate", tf.sigmoid(i)) * on_grid("candidate", tf.tanh(g)),
+        )
+        if states is not None:
+            c += on_grid("kept", on_grid("forget_gate", tf.sigmoid(f)) * states[1])
+        c = on_grid("cell", c)
+        gate = on_grid("output_gate", tf.sigmoid(o))
+        return [on_grid("state", gate * on_grid("cell_activation", tf.tanh(c))), c]
+
+
+class _GRU(_Step):
+    grids = {
+        **dict.fromkeys(("recurrent_product", "gates", "reset", "sum", "difference", "kept")),
+        **dict.fromkeys(("update_gate", "reset_gate"), "sigmoid"),
+        "candidate": "tanh",
+    }
+
+    def __call__(self, on_grid, x, states):
+        units = x.shape[-1] // 3
+        # A first state is zero, but its product has a bias.
+        h = tf.zeros((1, units), x.dtype) if states is None else states[0]
+        recurrent = on_grid("recurrent_product", self.product(h))
+        hh = recurrent[..., 2 * units :]
+        gates = on_grid("gates", x[..., : 2 * units] + recurrent[..., : 2 * units])
+        z, r = tf.split(gates, 2, axis=-1)
+        z, r = on_grid("update_gate", tf.sigmoid(z)), on_grid("reset_gate", tf.sigmoid(r))
+        candidate = on_grid(
+            "candidate", tf.tanh(on_grid("sum", x[..., 2 * units :] + on_grid("reset", r * hh)))
+        )
+        # z·h + (1 − z)·candidate, with one product less.
+        difference = on_grid("difference", h - candidate)
+        return [on_grid("state", candidate + on_grid("kept", z * difference))]
+
+
+class _SimpleRNN(_Step):
+    grids = {"recurrent_product": None, "sum": None}
+
+    def __call__(self, on_grid, x, states):
+        if states is not None:
+            x = x + on_grid("recurrent_product", self.product(states[0]))
+        return [on_grid("state", tf.tanh(on_grid("sum", x)))]
+
+
+_STEPS = {_L.LSTM: _LSTM, _L.GRU: _GRU, _L.SimpleRNN: _SimpleRNN}
+
+
+def obstacle(layer) -> str | None:
+    """Returns what keeps a recurrent layer from being quantized, `None` if nothing does."""
+    if layer.activation is not keras.activations.tanh or (
+        getattr(layer, "recurrent_activation", keras.activations.sigmoid)
+        is not keras.activations.sigmoid
+    ):
+        return "its activations are not tanh and sigmoid"
+    if layer.return_state or layer.stateful:
+        return "it returns or keeps its state"
+    if layer.recurrent_dropout:
+        return "it drops states (recurrent_dropout)"
+    if not getattr(layer, "reset_after", True):
+        return "its reset gate comes before the product (reset_after=False)"
+    return None

@@ -1,0 +1,203 @@
+"""Which layers are quantized how: one rule for each type of layer and each operator between layers."""
+
+from typing import NamedTuple
+
+import keras
+from keras.src.applications.convnext import LayerScale, StochasticDepth
+from keras.src.applications.inception_resnet_v2 import CustomScaleLayer
+from keras.src.ops import nn as nn_ops  # Keras exports the functions, not the operations.
+from keras.src.ops import numpy as numpy_ops
+
+from accel_tf.quantization import _activations, _composite, _layers, _recurrent
+
+_L = keras.layers
+
+
+class Rule(NamedTuple):
+    """How a type of layer is quantized.
+
+    Attributes:
+        kind: `"kernel"`: a product with weights, which rounds once at its end; `"weights"`: the
+            same, but nothing behind it becomes part of it; `"affine"`: a factor and an offset for
+            each channel; `"activation"`; `"arithmetic"`: rounds at its end; `"grid"`: its output
+            is on its input's grid; `"identity"`: nothing to compute in inference; `"float"`: LiteRT
+            has no integer kernel, so that it stays as it is.
+        wrapper: The class that runs it on the grid; `None` if it is left as it is.
+        fuses: Whether its kernel takes in a ReLU behind it.
+    """
+
+    kind: str
+    wrapper: type | None = None
+    fuses: bool = False
+
+
+_KERNEL = Rule("kernel", _layers.QuantizedWeights, fuses=True)
+_AFFINE = Rule("affine", _layers.QuantizedAffine, fuses=True)
+_ACTIVATION = Rule("activation", _layers.QuantizedLayer)
+_SUM = Rule("arithmetic", _layers.QuantizedLayer, fuses=True)
+_ARITHMETIC = Rule("arithmetic", _layers.QuantizedLayer)
+_RESHAPE = Rule("grid", _layers.QuantizedReshape)
+_GRID = Rule("grid")
+_IDENTITY = Rule("identity")
+_NORMALIZATION = Rule("weights", _composite.QuantizedNormalization)
+_RECURRENT = Rule("grid", _recurrent.QuantizedRecurrent)
+_FLOAT = Rule("float")
+
+_OPERATOR = _composite.QuantizedOperator
+
+
+def _layers_of(*names):
+    """Returns those layers of Keras that this version has."""
+    return [getattr(_L, name) for name in names if hasattr(_L, name)]
+
+
+RULES: dict[type, Rule] = {
+    **dict.fromkeys(
+        _layers_of(
+            "Dense", "EinsumDense", "Conv1D", "Conv2D", "DepthwiseConv1D", "DepthwiseConv2D"
+        ),
+        _KERNEL,
+    ),
+    **dict.fromkeys(
+        _layers_of("SeparableConv1D", "SeparableConv2D"),
+        Rule("kernel", _layers.QuantizedSeparable, fuses=True),
+    ),
+    # The converter does not fold a normalization into these.
+    **dict.fromkeys(
+        _layers_of("Conv1DTranspose", "Conv2DTranspose"),
+        Rule("weights", _layers.QuantizedWeights, fuses=True),
+    ),
+    **dict.fromkeys([_L.BatchNormalization, _L.Rescaling, _L.Normalization, LayerScale], _AFFINE),
+    **dict.fromkeys(_layers_of("Activation", "ReLU", "Softmax", "LeakyReLU", "ELU"), _ACTIVATION),
+    _L.PReLU: Rule("weights", _layers.QuantizedPReLU),
+    _L.Embedding: Rule("grid", _layers.QuantizedEmbedding),
+    _L.LayerNormalization: _NORMALIZATION,
+    _L.MultiHeadAttention: Rule("weights", _composite.QuantizedAttention),
+    **dict.fromkeys(_layers_of("LSTM", "GRU", "SimpleRNN"), _RECURRENT),
+    **dict.fromkeys([_L.Add, _L.Subtract, _L.Multiply], _SUM),
+    CustomScaleLayer: Rule("arithmetic", _composite.QuantizedScaledSum, fuses=True),
+    **dict.fromkeys(
+        _layers_of("Concatenate", "GlobalAveragePooling1D", "GlobalAveragePooling2D"), _ARITHMETIC
+    ),
+    **dict.fromkeys([_L.Flatten, _L.Reshape], _RESHAPE),
+    **dict.fromkeys(
+        _layers_of(
+            "MaxPooling1D",
+            "MaxPooling2D",
+            "AveragePooling1D",
+            "AveragePooling2D",
+            "GlobalMaxPooling1D",
+            "GlobalMaxPooling2D",
+            "ZeroPadding1D",
+            "ZeroPadding2D",
+            "Cropping1D",
+            "Cropping2D",
+            "Permute",
+            "RepeatVector",
+            "UpSampling1D",
+        ),
+        _GRID,
+    ),
+    **dict.fromkeys(_layers_of("UpSampling2D", "Resizing"), Rule("grid", _layers.QuantizedResize)),
+    **dict.fromkeys(
+        _layers_of(
+            "Dropout",
+            "SpatialDropout1D",
+            "SpatialDropout2D",
+            "GaussianNoise",
+            "GaussianDropout",
+            "AlphaDropout",
+            "Identity",
+            "ActivityRegularization",
+            "RandomFlip",
+            "RandomTranslation",
+            "RandomRotation",
+            "RandomZoom",
+            "RandomContrast",
+            "RandomBrightness",
+            "RandomCrop",
+        ),
+        _IDENTITY,
+    ),
+    StochasticDepth: _IDENTITY,
+    **dict.fromkeys(
+        _layers_of(
+            "Conv3D",
+            "Conv3DTranspose",
+            "MaxPooling3D",
+            "AveragePooling3D",
+            "GroupNormalization",
+            "RMSNormalization",
+            "UnitNormalization",
+        ),
+        _FLOAT,
+    ),
+    **dict.fromkeys([numpy_ops.Add, numpy_ops.Subtract], Rule("arithmetic", _OPERATOR, fuses=True)),
+    **dict.fromkeys(
+        [numpy_ops.Multiply, numpy_ops.Matmul, numpy_ops.Mean, numpy_ops.Concatenate],
+        Rule("arithmetic", _OPERATOR),
+    ),
+    **dict.fromkeys(
+        [
+            numpy_ops.Reshape,
+            numpy_ops.Transpose,
+            numpy_ops.Squeeze,
+            numpy_ops.ExpandDims,
+            numpy_ops.GetItem,
+        ],
+        Rule("grid"),
+    ),
+    **dict.fromkeys(
+        [
+            nn_ops.Relu,
+            nn_ops.Relu6,
+            nn_ops.Sigmoid,
+            nn_ops.Silu,
+            nn_ops.Softmax,
+            nn_ops.Gelu,
+            nn_ops.HardSilu,
+            numpy_ops.Tanh,
+        ],
+        Rule("activation", _OPERATOR),
+    ),
+}
+
+
+def rule_of(layer) -> Rule | None:
+    """Returns the rule for a layer or operator, `None` if there is none."""
+    return RULES.get(type(layer))
+
+
+def obstacle(layer, inputs) -> str | None:
+    """Returns what keeps a layer with a rule from being quantized, `None` if nothing does.
+
+    Args:
+        layer: The layer or operator.
+        inputs: The tensors of its call.
+    """
+    name = _activations.name_of(layer)
+    if name is not None and name not in _activations.KNOWN and rule_of(layer).kind != "float":
+        return f"its activation {name!r} is none of {', '.join(_activations.KNOWN)}"
+    if getattr(layer, "data_format", "channels_last") == "channels_first":
+        return "the integer kernels are channels_last"
+    rank = len(inputs[0].shape)
+    if isinstance(layer, _L.BatchNormalization) and layer.axis not in (-1, rank - 1):
+        return f"it normalizes axis {layer.axis} and not the last one"
+    if isinstance(layer, _L.Normalization) and tuple(layer.axis or ()) not in ((), (rank - 1,)):
+        return f"it normalizes axis {layer.axis} and not the last one"
+    if isinstance(layer, _L.LayerNormalization) and list(layer.axis) not in ([-1], [rank - 1]):
+        return f"it normalizes axis {layer.axis} and not the last one"
+    if isinstance(layer, _L.Resizing) and (
+        layer.crop_to_aspect_ratio or layer.pad_to_aspect_ratio or layer.antialias
+    ):
+        return "it crops, pads or smooths besides resizing"
+    if isinstance(layer, _L.UpSampling2D | _L.Resizing) and layer.interpolation not in (
+        "nearest",
+        "bilinear",
+    ):
+        return f"LiteRT resizes nearest or bilinear, not {layer.interpolation}"
+    if isinstance(layer, _L.RNN):
+        return _recurrent.obstacle(layer)
+    if isinstance(layer, _L.MultiHeadAttention):
+        return _composite.obstacle(layer, inputs)
+    return None
