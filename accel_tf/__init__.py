@@ -4,7 +4,7 @@ The map of the package; each technique is a module of its own name:
 
     measure      compare, measure_latency                          accel_tf.benchmark
     prune        prune, train_sparse, remove_channels, …           accel_tf.pruning
-    cluster      cluster                                           accel_tf.clustering
+    cluster      cluster, strip_clustering                         accel_tf.clustering
     quantize     quantize_aware, calibrate, Int8, Int8Weights, …   accel_tf.quantization
     fuse         fuse                                              accel_tf.fusion
     sparse       sparsify, sparse_matmul, SparseMatrix, …          accel_tf.sparse
@@ -25,7 +25,7 @@ __version__ = "0.1.0"
 
 _NAMES = {
     "benchmark": ("compare", "measure_latency"),
-    "clustering": ("cluster",),
+    "clustering": ("cluster", "strip_clustering"),
     "distribute": ("mirrored_strategy",),
     "export": ("inspect_litert",),
     "fusion": ("fuse",),
