@@ -35,6 +35,13 @@ def freezing():
 
 
 @contextlib.contextmanager
+def floating():
+    """While it is entered, activations pass unrounded: for a converter that finds the ranges itself."""
+    with _enter("float"):
+        yield
+
+
+@contextlib.contextmanager
 def _enter(mode):
     token = _mode.set(mode)
     try:
@@ -57,7 +64,12 @@ def is_observing(training) -> bool:
 
 def frozen() -> bool:
     """Whether a model is being converted, so that ranges are constants and nothing is trained."""
-    return _mode.get() == "freeze"
+    return _mode.get() in ("freeze", "float")
+
+
+def passes() -> bool:
+    """Whether activations pass unrounded now."""
+    return _mode.get() == "float"
 
 
 @keras.saving.register_keras_serializable(package="accel_tf")
@@ -119,7 +131,9 @@ class FakeQuantize(keras.layers.Layer):
     def call(self, inputs, training=None):
         x = tf.cast(inputs, tf.float32)
         dtype = inputs.dtype if inputs.dtype.is_floating else self.compute_dtype  # uint8 images
-        if self.fixed is not None:
+        if passes():
+            y = x
+        elif self.fixed is not None:
             y = self.round(x, *self.fixed)
         elif _mode.get() == "freeze":
             y = self.round(x, *self.range)
