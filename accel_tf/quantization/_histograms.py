@@ -129,7 +129,7 @@ class MSE(HistogramObserver):
         weights = tf.where(tf.range(BINS) == _HALF, 0.0, counts)
         errors = tf.linalg.matvec(tf.square(rounded - centers), weights)
         # Of equal ones the last, so that nothing is clipped in vain.
-        best = ends[127 - tf.argmin(errors[::-1]), 0]
+        best = tf.gather(ends[::-1, 0], tf.argmin(errors[::-1]))
         return tf.maximum(-best, smallest), tf.minimum(best, largest)
 
 
@@ -163,7 +163,7 @@ class Entropy(HistogramObserver):
         levels = min(2 ** (layer.bits - 1), _HALF // 2)
         # How many bins each candidate keeps, one in a row; as TensorRT, from one bin for a level.
         kept = tf.range(levels, _HALF + 1, max(1, (_HALF - levels) // 120))
-        best = kept[tf.argmin(_divergence(magnitudes, kept, levels))]
+        best = tf.gather(kept, tf.argmin(_divergence(magnitudes, kept, levels)))
         best = tf.cast(best, tf.float32) * width
         return tf.maximum(-best, smallest), tf.minimum(best, largest)
 
@@ -200,7 +200,8 @@ def _quantile(counts, share, width):
     after = tf.cumsum(counts, reverse=True, exclusive=True)
     target = share * tf.reduce_sum(counts)
     bin_ = tf.argmax(tf.cast(after <= target, tf.int32), output_type=tf.int32)
-    inside = (target - after[bin_]) / tf.maximum(counts[bin_], 1.0)
+    beyond, here = tf.gather(after, bin_), tf.gather(counts, bin_)
+    inside = (target - beyond) / tf.maximum(here, 1.0)
     edge = tf.cast(bin_ + 1 - _HALF, tf.float64) - tf.minimum(inside, 1.0)
     return tf.cast(edge, tf.float32) * width
 
