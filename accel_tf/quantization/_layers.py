@@ -137,7 +137,7 @@ class QuantizedLayer(keras.layers.Wrapper):
         """Returns the values of a weight on its grid, with a scale for each index along `axes`."""
         _preserve.catch_up(variable)
         if _preserve.clusters_of(variable):
-            return _preserve.round_clusters(variable, self.layer, self.scheme, axes)
+            return _preserve.round_clusters(variable, self, axes)
         return round_weights(variable.value, self.scheme, axes)
 
     def compute(self, inputs, training, mask):

@@ -5,8 +5,6 @@ then what they were trained to be. So zeros and clusters are found in the weight
 like those of `prune` and `cluster` hold them in the quantized model.
 """
 
-import math
-
 import keras
 import numpy as np
 import tensorflow as tf
@@ -20,10 +18,13 @@ from accel_tf.quantization._weights import round_weights, straight_through
 _L = keras.layers
 # A share of exact zeros that training does not leave by itself.
 _SPARSE = 0.1
-# As many values as 8 bits have.
+# As many values as 8 bits have; fewer where numbers have half the bits, and coincide by chance.
 _MOST_CLUSTERS = 256
+_MOST_OF_HALF = 64
 # The convolutions whose kernel takes in a BatchNormalization and still holds the same integers.
 _FOLDING = (_L.Conv2D, _L.DepthwiseConv2D)
+# The axes of a kernel as they come in the file.
+_IN_FILE = {_L.Dense: (1, 0), _L.Conv2D: (3, 0, 1, 2)}
 
 
 def keep(model: keras.Model) -> dict[str, str]:
@@ -114,8 +115,8 @@ def can_fold(layer: keras.Layer, normalization: keras.Layer) -> bool:
     return type(layer) in _FOLDING and (not normalization.scale or _is_positive(normalization))
 
 
-def round_clusters(variable, layer: keras.Layer, scheme, axes) -> tf.Tensor:
-    """Returns the values of a clustered weight rounded to the format of a scheme.
+def round_clusters(variable, wrapper: keras.Layer, axes) -> tf.Tensor:
+    """Returns the values of a clustered weight rounded to the format of its layer's scheme.
 
     For `Int8`, each cluster becomes one integer of a single grid. Scales for each channel would make
     it as many integers as there are channels, and a BatchNormalization that is folded would do so
@@ -124,34 +125,37 @@ def round_clusters(variable, layer: keras.Layer, scheme, axes) -> tf.Tensor:
 
     Args:
         variable: The Keras variable.
-        layer: The layer that it belongs to.
-        scheme: The `Scheme`.
+        wrapper: The `QuantizedLayer` that it belongs to.
         axes: As for `round_weights`.
     """
+    scheme = wrapper.scheme
     if scheme.weight_type != "int" or scheme.activation_bits != 8:
         return round_weights(variable.value, scheme, axes)
     return straight_through(
-        lambda w: _one_grid(w, variable, layer, scheme.weight_bits),
-        tf.convert_to_tensor(variable.value),
+        lambda w: _one_grid(w, variable, wrapper), tf.convert_to_tensor(variable.value)
     )
 
 
-def _one_grid(w, variable, layer, bits):
-    x = tf.cast(w, tf.float32)
+def _one_grid(w, variable, wrapper):
+    layer, x = wrapper.layer, tf.cast(w, tf.float32)
     limit = tf.maximum(tf.reduce_max(tf.abs(x)), 1e-12)
     if frozen():
         with tf.init_scope():  # A converter wants a constant.
             limit = float(np.max(np.abs(_float32(variable)), initial=1e-12))
-    options = {"num_bits": bits, "narrow_range": True}
-    if type(layer) not in _FOLDING:
-        y = tf.quantization.fake_quant_with_min_max_vars(x, -limit, limit, **options)
-        return tf.cast(y, w.dtype)
-    # Equal limits, one for each channel, which is what a normalization can be folded into.
-    inputs = w.shape[2] if type(layer) is _L.Conv2D else 1  # as a depthwise kernel lies in the file
-    x = tf.reshape(x, (*w.shape[:2], inputs, -1))
-    limits = tf.fill([w.shape.num_elements() // math.prod(x.shape[:3])], limit)
-    y = tf.quantization.fake_quant_with_min_max_vars_per_channel(x, -limits, limits, **options)
-    return tf.cast(tf.reshape(y, w.shape), w.dtype)
+    options = {"num_bits": wrapper.scheme.weight_bits, "narrow_range": True}
+    if type(layer) in _FOLDING and wrapper.output_mode is None:
+        # Equal limits for each channel: into what has one limit, no normalization is folded.
+        inputs = x.shape[2] if type(layer) is _L.Conv2D else 1  # depthwise as in the file
+        x = tf.reshape(x, (*x.shape[:2], inputs, -1))
+        limits = tf.fill(x.shape[-1:], limit)
+        y = tf.quantization.fake_quant_with_min_max_vars_per_channel(x, -limits, limits, **options)
+        return tf.cast(tf.reshape(y, w.shape), w.dtype)
+    # Axes in the order of the file: the converter would move them behind the quantization, and loses
+    # the integers on the way if the layer is called twice.
+    order = _IN_FILE.get(type(layer), range(len(x.shape)))
+    y = tf.transpose(x, order)
+    y = tf.quantization.fake_quant_with_min_max_vars(y, -limit, limit, **options)
+    return tf.cast(tf.transpose(y, np.argsort(order)), w.dtype)
 
 
 class KeptZeros:
@@ -226,11 +230,11 @@ def _found(v) -> tuple[int, int]:
 
 def _are_few(numbers, exact: bool) -> bool:
     """Whether numbers share so few values that it is no coincidence; `exact` ones never coincide."""
-    if numbers.size < 8 or np.unique(numbers[:4096]).size > _MOST_CLUSTERS - 1:
+    most = (_MOST_CLUSTERS if exact else _MOST_OF_HALF) - 1
+    if numbers.size < 8 or np.unique(numbers[:4096]).size > most:
         return False
     values = np.unique(numbers).size
-    most = numbers.size - 1 if exact else numbers.size // 2
-    return 2 <= values <= min(most, _MOST_CLUSTERS - 1)
+    return 2 <= values <= min(most, numbers.size - 1 if exact else numbers.size // 2)
 
 
 def _is_positive(normalization) -> bool:
