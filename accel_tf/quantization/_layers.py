@@ -10,7 +10,7 @@ import keras
 import tensorflow as tf
 
 from accel_tf.quantization import _activations, _preserve
-from accel_tf.quantization._fake import FakeQuantize
+from accel_tf.quantization._fake import FakeQuantize, frozen
 from accel_tf.quantization._weights import round_like_activations, round_weights
 
 _L = keras.layers
@@ -138,6 +138,10 @@ class QuantizedLayer(keras.layers.Wrapper):
         _preserve.catch_up(variable)
         if _preserve.clusters_of(variable):
             return _preserve.round_clusters(variable, self, axes)
+        if frozen():
+            # A constant at once: a converter folds such arithmetic slowly, and that of groups not.
+            with tf.init_scope():
+                return tf.constant(round_weights(variable.value, self.scheme, axes).numpy())
         return round_weights(variable.value, self.scheme, axes)
 
     def compute(self, inputs, training, mask):
@@ -196,7 +200,7 @@ class QuantizedWeights(QuantizedLayer):
             return _dense(layer, x)
         if isinstance(layer, _L.EinsumDense):
             return einsum_dense(layer, x, kernel)
-        if isinstance(layer, _L.Conv2D | _L.DepthwiseConv2D) and max(layer.dilation_rate) > 1:
+        if max(getattr(layer, "dilation_rate", (1,))) > 1:
             return _dilated(layer, x, kernel)
         return layer(x)
 
@@ -224,11 +228,8 @@ class QuantizedSeparable(QuantizedLayer):
         if row:
             depthwise, pointwise = depthwise[None], pointwise[None]
         strides = (*layer.strides, *layer.strides)[-2:]  # TensorFlow takes equal ones only.
-        rates = (1, *layer.dilation_rate)[-2:]
-        padding = layer.padding.upper()
-        if padding == "CAUSAL":
-            reach = (layer.kernel_size[0] - 1) * rates[1]
-            x, padding = tf.pad(x, [[0, 0], [0, 0], [reach, 0], [0, 0]]), "VALID"
+        rates = (*layer.dilation_rate, *layer.dilation_rate)[-2:]
+        x, padding = pad_causal(layer, x)
         y = tf.nn.depthwise_conv2d(x, depthwise, (1, *strides, 1), padding, dilations=rates)
         y = tf.nn.conv2d(self.on_grid(training)("depthwise", y), pointwise, 1, "VALID")
         if layer.use_bias:
@@ -270,7 +271,7 @@ class QuantizedPReLU(QuantizedLayer):
 
     def compute(self, inputs, training, mask):
         alpha = self.layer.alpha
-        rounded = round_like_activations(alpha.value, self.scheme)
+        rounded = self.rounded(alpha, ())
         with keras.StatelessScope(state_mapping=[(alpha, rounded)]):
             return self.layer(inputs)
 
@@ -408,14 +409,26 @@ def _dense(layer, x):
 def _dilated(layer, x, kernel):
     """Runs a dilated convolution as one kernel; Keras would take the image apart for it."""
     kernel = tf.cast(kernel, x.dtype)
-    padding, rates = layer.padding.upper(), layer.dilation_rate
-    if isinstance(layer, _L.DepthwiseConv2D):
-        y = tf.nn.depthwise_conv2d(x, kernel, (1, *layer.strides, 1), padding, dilations=rates)
+    row = len(x.shape) == 3  # 1-D: an image of one row
+    if row:
+        x, kernel = x[:, None], kernel[None]
+    strides, rates = ((*v, *v)[-2:] for v in (layer.strides, layer.dilation_rate))
+    x, padding = pad_causal(layer, x)
+    if isinstance(layer, _L.DepthwiseConv1D | _L.DepthwiseConv2D):
+        y = tf.nn.depthwise_conv2d(x, kernel, (1, *strides, 1), padding, dilations=rates)
     else:
-        y = tf.nn.conv2d(x, kernel, layer.strides, padding, dilations=rates)
+        y = tf.nn.conv2d(x, kernel, strides, padding, dilations=rates)
     if layer.use_bias:
         y += tf.cast(layer.bias.value, y.dtype)
-    return layer.activation(y)
+    return layer.activation(y[:, 0] if row else y)
+
+
+def pad_causal(layer, x):
+    """Returns an image of one row padded as `layer` wants it, and the padding that is left to do."""
+    if layer.padding != "causal":
+        return x, layer.padding.upper()
+    reach = (layer.kernel_size[0] - 1) * layer.dilation_rate[0]
+    return tf.pad(x, [[0, 0], [0, 0], [reach, 0], [0, 0]]), "VALID"
 
 
 def _affine(layer):
