@@ -100,7 +100,7 @@ class MSE(HistogramObserver):
     """Clips where the squared error of rounding and clipping together is the smallest.
 
     A wider range clips less and rounds more coarsely. The range is [−t, t], or what the values
-    take of it, for the best t of 128 equally spaced up to the largest magnitude.
+    take of it, for the best t of 128, from the largest magnitude down to a 64th of it.
 
     Example:
 
@@ -118,7 +118,7 @@ class MSE(HistogramObserver):
     """
 
     def search(self, counts, width, smallest, largest, layer):
-        ends = tf.linspace(0.0, tf.maximum(largest, -smallest), 129)[1:, None]
+        ends = tf.maximum(largest, -smallest) * 2.0 ** tf.linspace(-6.0, 0.0, 128)[:, None]
         low, high = layer.grid(tf.maximum(-ends, smallest), tf.minimum(ends, largest))
         step = (high - low) / (2**layer.bits - 1 - layer.symmetric)
         centers = (tf.range(-_HALF, _HALF, dtype=tf.float32) + 0.5) * width
