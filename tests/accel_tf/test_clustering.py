@@ -196,6 +196,47 @@ def test_a_clustered_model_can_be_pruned():
     assert all(n <= 17 for n in values(model))
 
 
+# The end of it
+
+
+def test_strip_clustering_frees_the_weights_from_where_they_are():
+    model = cnn()
+    at.cluster(model, 8)
+    model.fit(X, Y, batch_size=4, verbose=0)
+    before = [v.numpy() for v in kernels(model)]
+    report = at.strip_clustering(model, exclude="head")
+    assert report is at.report_of(model) and [e.layer for e in report.done] == ["conv"]
+    assert report.done[0].note == "kernel (3, 3, 2, 8): 8 values, as is"
+    assert "head: still clustered: excluded" in [f"{e.layer}: {e.note}" for e in report.skipped]
+    for a, v in zip(before, kernels(model), strict=True):
+        np.testing.assert_array_equal(a, v.numpy())
+    model.fit(X, Y, batch_size=4, verbose=0)
+    assert values(model)[0] > 100 and values(model)[1] == 8
+    at.strip_clustering(model)
+    with pytest.raises(ValueError, match="No weight of model .* is clustered"):
+        at.strip_clustering(model)
+    with pytest.raises(ValueError, match="No layer matches 'heat'"):
+        at.strip_clustering(model, include="heat")
+
+
+def test_what_else_holds_a_weight_outlives_its_clusters():
+    model = keras.Sequential(
+        [keras.Input((8,)), L.Dense(8, kernel_constraint=keras.constraints.NonNeg())]
+    )
+    kernel = model.layers[0].kernel
+    at.prune(model, at.ConstantSparsity(0.5))
+    at.cluster(model, 4)
+    at.strip_clustering(model)
+    assert isinstance(kernel.constraint.inner, keras.constraints.NonNeg)
+    model.compile(keras.optimizers.SGD(1.0), "mse")
+    model.fit(RNG.normal(size=(8, 8)), RNG.normal(size=(8, 8)), verbose=0)
+    assert np.mean(kernel.numpy() == 0) >= 0.5 and kernel.numpy().min() >= 0
+    at.cluster(model, 4)
+    at.strip_pruning(model)
+    at.strip_clustering(model)
+    assert isinstance(kernel.constraint, keras.constraints.NonNeg)
+
+
 # From file to file
 
 
