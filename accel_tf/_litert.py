@@ -1,7 +1,6 @@
-"""Read and run LiteRT (`.tflite`) files, through `ai_edge_litert`."""
+"""Run LiteRT (`.tflite`) files, through `ai_edge_litert`."""
 
 import contextlib
-import dataclasses
 import importlib
 import io
 import os
@@ -9,101 +8,11 @@ import pathlib
 import sys
 import tempfile
 import warnings
-from collections import Counter
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
-
-from accel_tf import report
-
-
-class Operator(NamedTuple):
-    """One operator of a LiteRT file: its name and the data types of its tensors, constants too."""
-
-    name: str
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-
-    @property
-    def is_int8(self) -> bool:
-        """Whether it computes on 8-bit integers: no float goes in or out, and int8 comes out."""
-        dtypes = (*self.inputs, *self.outputs)
-        return "int8" in self.outputs and not any(d.startswith(("float", "bfloat")) for d in dtypes)
-
-
-@dataclasses.dataclass(frozen=True)
-class LiteRTFile:
-    """What a LiteRT file contains; prints as text and renders as a table in a notebook.
-
-    Attributes:
-        path: Where it is.
-        size: Its size in bytes.
-        inputs, outputs: The data types of the model's inputs and outputs, such as `("int8",)`.
-        operators: Each `Operator` in order of execution.
-    """
-
-    path: pathlib.Path
-    size: int
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    operators: tuple[Operator, ...]
-
-    @property
-    def int8_fraction(self) -> float:
-        """The fraction of the operators that compute on 8-bit integers."""
-        return sum(op.is_int8 for op in self.operators) / max(len(self.operators), 1)
-
-    @property
-    def not_int8(self) -> tuple[str, ...]:
-        """The names of the operators that do not compute on 8-bit integers."""
-        return tuple(op.name for op in self.operators if not op.is_int8)
-
-    @property
-    def table(self) -> report.Table:
-        """One row per kind of operator: how many there are, and their data types."""
-        counts = Counter(
-            (op.name, "int8" if op.is_int8 else "no", " ".join(op.inputs), " ".join(op.outputs))
-            for op in self.operators
-        )
-        rows = [(name, n, int8, i, o) for (name, int8, i, o), n in counts.items()]
-        title = (
-            f"{self.path.name}: {report.human_bytes(self.size)}, {len(self.operators)} operators, "
-            f"{self.int8_fraction:.0%} int8, {' '.join(self.inputs)} in, {' '.join(self.outputs)} out"
-        )
-        return report.Table(("operator", "count", "kind", "inputs", "outputs"), rows, title)
-
-    def __str__(self) -> str:
-        return str(self.table)
-
-    def _repr_html_(self) -> str:
-        return self.table._repr_html_()
-
-
-def inspect_litert(path: str | os.PathLike) -> LiteRTFile:
-    """Returns what a LiteRT file contains: its operators, data types and the share that is int8.
-
-    Args:
-        path: A `.tflite` file.
-
-    Raises:
-        ValueError: The file is not a LiteRT model.
-        FileNotFoundError: There is no such file.
-        ImportError: ai_edge_litert is not installed.
-
-    Example:
-
-    >>> import tempfile, keras
-    >>> import accel_tf as at
-    >>> path = tempfile.mkdtemp() + "/float.tflite"
-    >>> model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
-    >>> _ = at.export.litert(model, path)
-    >>> [op.name for op in at.inspect_litert(path).operators]
-    ['FULLY_CONNECTED']
-    """
-    path = pathlib.Path(path)
-    return inspect(path.read_bytes(), path)
 
 
 def run_litert(path: str | os.PathLike, inputs, *, threads: int = 1):
@@ -166,17 +75,20 @@ class LiteRTRunner:
         require_litert(content, self.path)
         with quiet():
             self._interpreter = litert_module("interpreter").Interpreter(
-                model_content=content, num_threads=threads
+                model_content=content, num_threads=threads, **self._options()
             )
             self._interpreter.allocate_tensors()
-            self._inputs = self._details("input")
-            self._outputs = self._details("output")
+            self.inputs = self._details("input")
+            self.outputs = self._details("output")
         self._shapes = None
+
+    def _options(self) -> dict:
+        return {}
 
     def __call__(self, inputs):
         """Returns the float outputs for float inputs, given and returned as in `run_litert`."""
         parts = [
-            [_to_floats(q, detail) for q, detail in zip(raw, self._outputs, strict=True)]
+            [to_floats(q, detail) for q, detail in zip(raw, self.outputs, strict=True)]
             for raw in self.prepare(inputs)()
         ]
         outputs = [np.concatenate(part) for part in zip(*parts, strict=True)]
@@ -197,7 +109,7 @@ class LiteRTRunner:
         """
         arrays = [
             _to_integers(np.asarray(x), detail)
-            for x, detail in zip(self._match(inputs), self._inputs, strict=True)
+            for x, detail in zip(self._match(inputs), self.inputs, strict=True)
         ]
         n = len(arrays[0])
         if not n or any(len(x) != n for x in arrays):
@@ -205,7 +117,7 @@ class LiteRTRunner:
                 f"{self.path.name} needs at least one sample, the same number in each input. "
                 f"Received the shapes {', '.join(str(x.shape) for x in arrays)}."
             )
-        fixed = {int(detail["shape_signature"][0]) for detail in self._inputs} - {-1}
+        fixed = {int(detail["shape_signature"][0]) for detail in self.inputs} - {-1}
         size = fixed.pop() if fixed else n
         if fixed or n % size:
             raise ValueError(
@@ -218,36 +130,36 @@ class LiteRTRunner:
     def _run(self, arrays) -> list:
         shapes = [x.shape for x in arrays]
         if shapes != self._shapes:
-            for detail, shape in zip(self._inputs, shapes, strict=True):
+            for detail, shape in zip(self.inputs, shapes, strict=True):
                 self._interpreter.resize_tensor_input(detail["index"], shape)
             self._interpreter.allocate_tensors()
             self._shapes = shapes
-        for detail, x in zip(self._inputs, arrays, strict=True):
+        for detail, x in zip(self.inputs, arrays, strict=True):
             self._interpreter.set_tensor(detail["index"], x)
         self._interpreter.invoke()
-        return [self._interpreter.get_tensor(detail["index"]) for detail in self._outputs]
+        return [self._interpreter.get_tensor(detail["index"]) for detail in self.outputs]
 
     def _match(self, inputs) -> list:
         """Returns the arrays in the order of the file's inputs."""
         if isinstance(inputs, dict):
-            names = [detail["key"] for detail in self._inputs]
+            names = [detail["key"] for detail in self.inputs]
             if set(names) != set(inputs):
                 raise ValueError(
                     f"{self.path.name} has the inputs {', '.join(names)}; received "
                     f"{', '.join(sorted(inputs))}."
                 )
             arrays = [inputs[name] for name in names]
-            if all(map(_fits, arrays, self._inputs)):
+            if all(map(_fits, arrays, self.inputs)):
                 return arrays
         else:
             # Only a list that holds arrays is one of several inputs.
             several = isinstance(inputs, (list, tuple)) and inputs and hasattr(inputs[0], "shape")
             arrays = list(inputs) if several else [np.asarray(inputs)]
-            fitting = [[i for i, x in enumerate(arrays) if _fits(x, d)] for d in self._inputs]
+            fitting = [[i for i, x in enumerate(arrays) if _fits(x, d)] for d in self.inputs]
             if len(arrays) == len(fitting) and all(len(found) == 1 for found in fitting):
                 return [arrays[i] for (i,) in fitting]
         described = ", ".join(
-            f"{d['key']} {tuple(int(n) for n in d['shape_signature'])}" for d in self._inputs
+            f"{d['key']} {tuple(int(n) for n in d['shape_signature'])}" for d in self.inputs
         )
         raise ValueError(
             f"{self.path.name} has the inputs {described}, -1 standing for any size; received the "
@@ -281,7 +193,7 @@ def _to_integers(x, detail):
     return np.clip(np.round(x / scale) + zero_point, limits.min, limits.max).astype(dtype)
 
 
-def _to_floats(q, detail):
+def to_floats(q, detail):
     scale, zero_point = detail["quantization"]
     if not np.issubdtype(q.dtype, np.integer) or not scale:
         return q
@@ -292,29 +204,6 @@ def _natural(name):
     """A sorting key that puts output_10 behind output_9."""
     digits = "".join(filter(str.isdigit, name))
     return int(digits or 0), name
-
-
-def inspect(content: bytes, path: pathlib.Path) -> LiteRTFile:
-    require_litert(content, path)
-    schema = litert_module("schema_py_generated")
-    names = {code: name for name, code in vars(schema.BuiltinOperator).items()}
-    types = {code: name.lower() for name, code in vars(schema.TensorType).items()}
-    model = schema.ModelT.InitFromObj(schema.Model.GetRootAs(content, 0))
-    # The code field outgrew a byte; files for old readers carry it in the field of that name.
-    codes = [max(c.builtinCode, c.deprecatedBuiltinCode) for c in model.operatorCodes]
-
-    def dtypes(graph, indices):
-        return tuple(types[graph.tensors[i].type] for i in indices if i >= 0)
-
-    operators = tuple(
-        Operator(names[codes[op.opcodeIndex]], dtypes(graph, op.inputs), dtypes(graph, op.outputs))
-        for graph in model.subgraphs
-        for op in graph.operators
-    )
-    main = model.subgraphs[0]
-    return LiteRTFile(
-        path, len(content), dtypes(main, main.inputs), dtypes(main, main.outputs), operators
-    )
 
 
 def require_litert(content, path):

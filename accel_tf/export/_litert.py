@@ -1,34 +1,25 @@
-"""Export: LiteRT (`.tflite`) files from Keras models, checked after they are written.
+"""LiteRT files: the number format follows from the schemes of the model's layers."""
 
-A model from `accel_tf.quantize_aware` or `accel_tf.calibrate` becomes a file whose inputs, outputs
-and operators are 8-bit integers; any other model becomes a float32 file.
-"""
-
+import contextlib
 import os
 import pathlib
 import tempfile
 
 import keras
+import numpy as np
 import tensorflow as tf
-from keras.src.models.functional import Functional  # Keras exports no public name for it.
-from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
 from accel_tf import layers as graphs
 from accel_tf import report
-from accel_tf._litert import (
-    LiteRTFile,
-    LiteRTRunner,
-    Operator,
-    inspect,
-    inspect_litert,
-    litert_module,
-    quiet,
-    run_litert,
-)
-from accel_tf.quantization import QuantizedLayer
-from accel_tf.quantization._fake import freezing
+from accel_tf._litert import litert_module, quiet
+from accel_tf.export import _weights
+from accel_tf.export._graph import frozen_graph, has_graph, plain, scope, unrolled
+from accel_tf.export._inspect import Known, LiteRTFile, inspect
+from accel_tf.quantization import FakeQuantize, QuantizedLayer
+from accel_tf.quantization._fake import floating, freezing
+from accel_tf.quantization._rules import rule_of
 
-__all__ = ["LiteRTFile", "LiteRTRunner", "Operator", "inspect_litert", "litert", "run_litert"]
+_INT16 = tf.lite.OpsSet.EXPERIMENTAL_TFLITE_BUILTINS_ACTIVATIONS_INT16_WEIGHTS_INT8
 
 
 def litert(
@@ -37,27 +28,46 @@ def litert(
     *,
     batch_size: int | None = None,
     allow_float: bool = False,
+    data=None,
+    sparse: bool = False,
 ) -> LiteRTFile:
     """Writes `model` as a LiteRT file and inspects what was written.
 
+    The schemes of a model made by `quantize_aware` or `calibrate` decide on the format:
+
+    - `Int8`: integers from input to output. Operators for which LiteRT has no integer kernel, such
+      as a layer normalization's, stay in float between integers; the result names them.
+    - `Int16x8`: 16-bit activations, whose ranges the converter takes from `data`.
+    - `Int8Weights`, `Int4Weights`: integer weights, floats in and out. Dense and Conv2D round what
+      they read to 8 bits as they run ("dynamic range"), each sample by its own range; other
+      kernels expand the weights to float.
+    - `Float16`: weights of half the size, which are expanded to float.
+    - `Mixed` of `Int8` with the latter three, or of these.
+
+    Any other model becomes a float32 file. float16 computation is exported as float32.
+
     Args:
-        model: A model made by `quantize_aware` or `calibrate`, which gives a file that computes in
-            int8, input and output included; or any other Keras model, which gives a float32 file.
-            float16 computation is exported as float32.
+        model: Any Keras model.
         path: Where to write; usually ends in `.tflite`.
         batch_size: Fixes the number of inputs per run; with `None` the file takes any number, by
             `resize_tensor_input`.
-        allow_float: Whether a quantized model may keep operators that are not int8, such as those
-            of layers that were excluded. Its inputs and outputs are float32 then. The converter
-            computes an excluded layer in int8 all the same where it has an integer kernel for it.
+        allow_float: Whether operators may compute in float that the schemes want in integers, such
+            as those of layers that were excluded. Inputs and outputs are float32 then. The
+            converter computes an excluded layer in int8 all the same where it can.
+        data: Representative inputs for `Int16x8`: an array (n, …), or a list or dict of them for
+            several inputs.
+        sparse: Whether to store Dense kernels whose zeros come in blocks of 4 or 16 inputs of one
+            output (`accel_tf.pruning.Block`) as sparse, which LiteRT multiplies faster. For float
+            models.
 
     Returns:
         What the file contains, as from `inspect_litert`.
 
     Raises:
-        ValueError: The model is quantized but has seen no data, has 4-bit weights, or an operator
-            did not become int8 although `allow_float` is false (the message names them; no file is
-            left behind); or the converter failed.
+        ValueError: The model is quantized but has seen no data; an operator did not become an
+            integer one although `allow_float` is false (the message names them; no file is left
+            behind); the schemes cannot be mixed; `data` is missing; no kernel is sparse in blocks;
+            or the converter failed.
         ImportError: ai_edge_litert, which reads the file back, is not installed.
 
     Example:
@@ -73,80 +83,175 @@ def litert(
     graphs.require_model(model, "litert")
     litert_module("schema_py_generated")  # Missing? Then say so before the work, not after.
     path = pathlib.Path(path)
-    quantizers = [layer for _, layer in graphs.walk(model) if isinstance(layer, QuantizedLayer)]
-    for layer in quantizers:
-        _require_exportable(layer)
-    content = _convert(_plain(model), batch_size, bool(quantizers), allow_float)
-    found = inspect(content, path)
-    if quantizers and not allow_float and found.not_int8:
+    plan = _Plan(model, allow_float, data, sparse)
+    content = plan.convert(batch_size)
+    if plan.weights_only:
+        content = _weights.shrink(content, plan.weights_only, allow_float)
+    found = inspect(content, path, plan.known)
+    if plan.quantized and not allow_float:
+        plan.require_integers(found)
+    if sparse and not _weights.sparse_tensors(content):
         raise ValueError(
-            f"Operators of {model.name!r} did not become int8: {report.shorten(found.not_int8)}. "
-            "Layers excluded from quantization stay in float (see accel_tf.report_of); pass "
-            "allow_float=True to export them so. No file was written."
+            f"sparse=True found no Dense kernel in {model.name!r} whose zeros come in blocks of 4 or "
+            "16 inputs of one output. Prune it so, with "
+            "prune(model, ..., pattern=Block((4, 1))). No file was written."
         )
     path.write_bytes(content)
     return found
 
 
-def _require_exportable(layer):
-    if layer.scheme.weight_bits != 8:
-        raise ValueError(
-            f"Layer {layer.name!r} has {layer.scheme.weight_bits}-bit weights "
-            f"({type(layer.scheme).__name__}), which a LiteRT file would store and compute in 8 "
-            "bits. Quantize the float model with Int8() to export it."
-        )
-    for quantizer in layer.quantizers:
-        _ = quantizer.range  # Raises a ValueError naming the layer if no data has been seen.
+class _Plan:
+    """What kind of file a model becomes, by the schemes of its layers.
 
+    Attributes:
+        known: The layers by scope, with the reasons why some compute in float.
+        quantized: Whether activations are integers, at least some.
+        weights_only: The schemes of layers whose weights alone are quantized, by scope.
+    """
 
-def _plain(model):
-    """Returns a model that computes in float32 and lives on no distribution strategy."""
-    policies = {layer.compute_dtype for _, layer in graphs.walk(model)}
-    mirrored = any(isinstance(v.value, tf.distribute.DistributedValues) for v in model.variables)
-    if policies <= {"float32", None} and not mirrored:
-        return model
-    copy = graphs.rebuild(model, lambda path, layer: None)
-    for _, layer in graphs.walk(copy):
-        layer.dtype_policy = "float32"
-    return copy
+    def __init__(self, model, allow_float, data, sparse):
+        self.model, self.data, self.sparse = model, data, sparse
+        layers = list(graphs.walk(model))
+        wrapped = {path: layer for path, layer in layers if isinstance(layer, QuantizedLayer)}
+        integer = {type(w.scheme).__name__: w for w in wrapped.values() if w.scheme.activation_bits}
+        self.quantized = bool(integer)
+        self.wide = any(w.scheme.activation_bits == 16 for w in integer.values())
+        self.weights_only = {
+            scope(path): layer.scheme
+            for path, layer in wrapped.items()
+            if not layer.scheme.activation_bits and layer.rounds_weights
+        }
+        self.known = {
+            scope(path): Known(path, _why_float(layer) if wrapped else "") for path, layer in layers
+        }
+        self.float_io = allow_float or bool(self.weights_only)
+        self._check(list(wrapped.values()), list(integer))
 
-
-def _convert(model, batch_size, quantized, allow_float) -> bytes:
-    with quiet() as log, freezing(), tempfile.TemporaryDirectory() as folder:
-        try:
-            converter = _converter(model, batch_size, folder)
-            if quantized:
-                converter.optimizations = [tf.lite.Optimize.DEFAULT]
-                if not allow_float:
-                    converter.inference_input_type = converter.inference_output_type = tf.int8
-            return converter.convert()
-        except Exception as error:
+    def _check(self, wrapped, integer):
+        for layer in wrapped:
+            _require_exportable(layer)
+        if self.quantized and not self.wide:
+            require_data(self.model)
+        if self.wide and (len(integer) > 1 or self.weights_only):
+            names = sorted({*integer, *(type(s).__name__ for s in self.weights_only.values())})
             raise ValueError(
-                f"TensorFlow's converter to LiteRT failed on model {model.name!r}: "
-                f"{str(error)[-500:]}\n{log()[-1000:]}"
-            ) from error
+                f"LiteRT's converter computes with 16-bit activations in all of a file or nowhere; "
+                f"{self.model.name!r} mixes {', '.join(names)}. Use Int16x8 for all layers."
+            )
+        if self.wide and self.data is None:
+            raise ValueError(
+                f"Model {self.model.name!r} has 16-bit activations, whose ranges LiteRT's converter "
+                "wants to observe itself: pass data=, some hundred inputs as for calibrate."
+            )
+        if self.sparse and (self.quantized or self.weights_only):
+            raise ValueError(
+                f"sparse=True is for float models; {self.model.name!r} is quantized, and LiteRT's "
+                "sparse kernels are those of float32. Export it without sparse, or the float model."
+            )
+
+    def convert(self, batch_size) -> bytes:
+        """Returns the content of the file, weights-only schemes left aside."""
+        entered = floating() if self.wide else freezing()
+        with quiet() as log, entered, tempfile.TemporaryDirectory() as folder:
+            try:
+                converter = _converter(plain(self.model), batch_size, folder)
+                self._configure(converter)
+                return converter.convert()
+            except Exception as error:
+                raise ValueError(
+                    f"TensorFlow's converter to LiteRT failed on model {self.model.name!r}: "
+                    f"{str(error)[-500:]}\n{log()[-1000:]}"
+                ) from error
+
+    def _configure(self, converter):
+        if self.sparse:
+            converter.optimizations = [tf.lite.Optimize.EXPERIMENTAL_SPARSITY]
+        if not self.quantized:
+            return
+        converter.optimizations = [tf.lite.Optimize.DEFAULT]
+        if self.wide:
+            converter.representative_dataset = lambda: _samples(self.model, self.data)
+            converter.target_spec.supported_ops = [_INT16, tf.lite.OpsSet.TFLITE_BUILTINS]
+        if not self.float_io:
+            kind = tf.int16 if self.wide else tf.int8
+            converter.inference_input_type = converter.inference_output_type = kind
+
+    def require_integers(self, found):
+        """Raises a ValueError if an operator computes in float and no layer says that it should."""
+        floats = [op for op in found.operators if op.kind == "float"]
+        real = [op for op in floats if op.name not in ("QUANTIZE", "DEQUANTIZE")]
+        reasons = {known.why for known in self.known.values()} - {""}
+        stray = [op for op in real if op.why not in reasons]
+        if floats and not real and not self.float_io:
+            stray = floats
+        if stray:
+            where = [f"{op.name} ({op.layer})" if op.layer else op.name for op in stray]
+            raise ValueError(
+                f"Operators of {self.model.name!r} did not become int8: {report.shorten(where)}. "
+                "Layers excluded from quantization stay in float (see accel_tf.report_of); pass "
+                "allow_float=True to export them so. No file was written."
+            )
+
+
+def _why_float(layer) -> str:
+    """Why a layer of a quantized model computes in float, or `""` if it should not."""
+    if isinstance(layer, QuantizedLayer):
+        if not layer.scheme.activation_bits:
+            return f"{type(layer.scheme).__name__} leaves activations in float"
+        return layer.float_island
+    rule = rule_of(layer)
+    if rule is not None and rule.kind == "float":
+        return f"LiteRT has no int8 kernel for {type(layer).__name__}"
+    return ""
+
+
+def require_data(model) -> None:
+    """Raises a `ValueError` that names the layer if a quantized one has seen no data."""
+    for _, layer in graphs.walk(model):
+        if isinstance(layer, FakeQuantize):
+            _ = layer.range
+
+
+def _require_exportable(layer):
+    scheme = layer.scheme
+    if scheme.activation_bits and scheme.weight_bits != 8:
+        raise ValueError(
+            f"Layer {layer.name!r} has {scheme.weight_bits}-bit weights "
+            f"({type(scheme).__name__}), which a LiteRT file would store and compute in 8 bits where "
+            "activations are integers. Quantize the float model with Int8(), or with Int4Weights(), "
+            "to export it."
+        )
+
+
+def _samples(model, data):
+    """Yields the inputs one at a time, by the names that the converter knows them under."""
+    if not has_graph(model):
+        raise ValueError("data= needs a functional or sequential model.")
+    names = [tensor.name for tensor in model.inputs]
+    if isinstance(data, dict):
+        arrays = [data[name] for name in names]
+    else:
+        arrays = list(data) if isinstance(data, (list, tuple)) else [data]
+    if len(arrays) != len(names):
+        raise ValueError(f"data= has {len(arrays)} arrays, the model has the inputs {names}.")
+    for i in range(len(arrays[0])):
+        yield {
+            name: np.asarray(array[i : i + 1]).astype(tensor.dtype)
+            for name, array, tensor in zip(names, arrays, model.inputs, strict=True)
+        }
 
 
 def _converter(model, batch_size, folder):
-    if not isinstance(model, (keras.Sequential, Functional)):
+    if not has_graph(model):
         if batch_size is not None:
             raise ValueError("a fixed batch size needs a functional or sequential model.")
         return tf.lite.TFLiteConverter.from_keras_model(model)
-    specs = [
-        tf.TensorSpec((batch_size or t.shape[0], *t.shape[1:]), t.dtype, name=t.name)
-        for t in model.inputs
-    ]
-
-    def forward(*tensors):
-        single = isinstance(model, keras.Sequential)
-        packed = tensors[0] if single else keras.tree.pack_sequence_as(model.input, tensors)
-        return model(packed, training=False)
-
     # A graph without variables is saved and read back in a third of the time that a model takes,
     # and that is where a conversion spends it.
-    graph = tf.function(forward, autograph=False).get_concrete_function(*specs)
     module = tf.Module()
-    module.graph = convert_variables_to_constants_v2(graph)
+    # With a batch of known size a recurrent layer converts to a loop, otherwise not.
+    with contextlib.nullcontext() if batch_size else unrolled(model):
+        module.graph = frozen_graph(model, batch_size)
     # Without gradients, which nobody takes from it: TensorFlow cannot save that of swish.
     options = tf.saved_model.SaveOptions(experimental_custom_gradients=False)
     tf.saved_model.save(module, folder, signatures=module.graph, options=options)

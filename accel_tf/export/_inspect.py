@@ -1,0 +1,247 @@
+"""What a LiteRT file contains: its operators, their number formats, and what stayed in float and why."""
+
+import dataclasses
+import os
+import pathlib
+from collections import Counter
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from accel_tf import report
+from accel_tf._litert import litert_module, require_litert
+from accel_tf.export._graph import nearest
+
+# No kernel of LiteRT computes these on integers.
+_FLOAT_ONLY = ("ELU", "CONV_3D", "CONV_3D_TRANSPOSE", "COS", "SIN", "ERF", "FLOOR_MOD", "CUMSUM")
+# They read a tensor's shape and none of its values.
+_READ_SHAPES = ("SHAPE", "RANK")
+_BORDERS = ("QUANTIZE", "DEQUANTIZE")
+
+
+class Operator(NamedTuple):
+    """One operator of a LiteRT file.
+
+    Attributes:
+        name: What it computes, such as `"CONV_2D"`.
+        inputs, outputs: The data types of its tensors, constants too.
+        layer: The layer that it belongs to, as far as the names in the file tell.
+        why: If it computes in float, the reason; otherwise empty.
+    """
+
+    name: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    layer: str = ""
+    why: str = ""
+
+    @property
+    def kind(self) -> str:
+        """The numbers it computes with: `"int8"`, `"int16"`, `"float"`, or `"index"`.
+
+        An operator of kind index works out shapes, positions or masks in int32 or bool. It is no
+        part of the network's arithmetic, whatever that is computed in.
+        """
+        read = () if self.name in _READ_SHAPES else self.inputs
+        dtypes = {*read, *self.outputs}
+        if any(d.startswith(("float", "bfloat")) for d in dtypes):
+            return "float"
+        if "int16" in dtypes:
+            return "int16"
+        return "int8" if dtypes & {"int8", "uint8", "int4"} else "index"
+
+    @property
+    def is_int8(self) -> bool:
+        """Whether it computes on integers alone: no float goes in or out.
+
+        True as well of 16-bit activations, and of an operator that works out a shape or an index.
+        """
+        return self.kind != "float"
+
+
+@dataclasses.dataclass(frozen=True)
+class LiteRTFile:
+    """What a LiteRT file contains; prints as text and renders as a table in a notebook.
+
+    Attributes:
+        path: Where it is.
+        size: Its size in bytes.
+        inputs, outputs: The data types of the model's inputs and outputs, such as `("int8",)`.
+        operators: Each `Operator` in order of execution.
+    """
+
+    path: pathlib.Path
+    size: int
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    operators: tuple[Operator, ...]
+
+    @property
+    def int8_fraction(self) -> float:
+        """The fraction of the operators that compute on integers, those of shapes left aside."""
+        counted = [op.is_int8 for op in self.operators if op.kind != "index"]
+        return sum(counted) / max(len(counted), 1)
+
+    @property
+    def not_int8(self) -> tuple[str, ...]:
+        """The names of the operators that compute in float."""
+        return tuple(op.name for op in self.operators if not op.is_int8)
+
+    @property
+    def table(self) -> report.Table:
+        """One row per kind of operator: how many there are, and their data types."""
+        counts = Counter(
+            (op.name, op.kind, " ".join(op.inputs), " ".join(op.outputs)) for op in self.operators
+        )
+        rows = [(name, n, kind, i, o) for (name, kind, i, o), n in counts.items()]
+        title = (
+            f"{self.path.name}: {report.human_bytes(self.size)}, {len(self.operators)} operators, "
+            f"{self.int8_fraction:.0%} int8, {' '.join(self.inputs)} in, {' '.join(self.outputs)} out"
+        )
+        return report.Table(("operator", "count", "kind", "inputs", "outputs"), rows, title)
+
+    @property
+    def in_float(self) -> report.Table:
+        """One row per layer that computes in float: its operators, and why they are not integers."""
+        rows = {}
+        for op in self.operators:
+            if op.kind == "float":
+                rows.setdefault((op.layer, op.why), []).append(op.name)
+        cells = [
+            (layer or "–", " ".join(dict.fromkeys(names)), why)
+            for (layer, why), names in rows.items()
+        ]
+        return report.Table(("layer", "operators", "why"), cells, "Computed in float")
+
+    @property
+    def _tables(self):
+        mixed = 0 < len(self.not_int8) and self.int8_fraction > 0
+        return (self.table, self.in_float) if mixed else (self.table,)
+
+    def __str__(self) -> str:
+        return "\n\n".join(map(str, self._tables))
+
+    def _repr_html_(self) -> str:
+        return "".join(table._repr_html_() for table in self._tables)
+
+
+def inspect_litert(path: str | os.PathLike) -> LiteRTFile:
+    """Returns what a LiteRT file contains: its operators, data types and what stayed in float.
+
+    Names of layers are those that the file carries: exact ones if `accel_tf.export.litert` wrote it.
+
+    Args:
+        path: A `.tflite` file.
+
+    Raises:
+        ValueError: The file is not a LiteRT model.
+        FileNotFoundError: There is no such file.
+        ImportError: ai_edge_litert is not installed.
+
+    Example:
+
+    >>> import tempfile, keras
+    >>> import accel_tf as at
+    >>> path = tempfile.mkdtemp() + "/float.tflite"
+    >>> model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
+    >>> _ = at.export.litert(model, path)
+    >>> [op.name for op in at.inspect_litert(path).operators]
+    ['FULLY_CONNECTED']
+    """
+    path = pathlib.Path(path)
+    return inspect(path.read_bytes(), path)
+
+
+class Known(NamedTuple):
+    """What a model tells about one of its layers, for the inspection of its file.
+
+    Attributes:
+        path: The layer's path.
+        why: The reason why it computes in float, or `""` if it should not.
+    """
+
+    path: str
+    why: str = ""
+
+
+def inspect(
+    content: bytes, path: pathlib.Path, known: Mapping[str, Known] | None = None
+) -> LiteRTFile:
+    """Returns what a file contains.
+
+    Args:
+        content: Its bytes.
+        path: Where it is, or will be.
+        known: The model's layers by their scopes in the file, if the model is at hand.
+    """
+    require_litert(content, path)
+    schema = litert_module("schema_py_generated")
+    types = {code: name.lower() for name, code in vars(schema.TensorType).items()}
+    model = schema.ModelT.InitFromObj(schema.Model.GetRootAs(content, 0))
+
+    def dtypes(graph, indices):
+        return tuple(types[graph.tensors[i].type] for i in indices if i >= 0)
+
+    operators = []
+    for graph in model.subgraphs:
+        for op in graph.operators:
+            name = operator_name(model, op)
+            bare = Operator(name, dtypes(graph, op.inputs), dtypes(graph, op.outputs))
+            layer, reason = layer_of(graph, op, known)
+            why = _why(bare, reason, known) if bare.kind == "float" else ""
+            operators.append(bare._replace(layer=layer, why=why))
+    main = model.subgraphs[0]
+    io = dtypes(main, main.inputs), dtypes(main, main.outputs)
+    return LiteRTFile(path, len(content), *io, _only_if_mixed(operators))
+
+
+def operator_name(model, op) -> str:
+    """Returns the name of an operator, such as `CONV_2D`."""
+    # The code field outgrew a byte; files for old readers carry it in the field of that name.
+    code = model.operatorCodes[op.opcodeIndex]
+    return _operator_names()[max(code.builtinCode, code.deprecatedBuiltinCode)]
+
+
+def _operator_names():
+    schema = litert_module("schema_py_generated")
+    return {code: name for name, code in vars(schema.BuiltinOperator).items()}
+
+
+def tensor_names(graph, op) -> list[str]:
+    """Returns the names of an operator's tensors: its outputs first, then its inputs."""
+    indices = [i for i in (*op.outputs, *op.inputs) if i >= 0]
+    return [(graph.tensors[i].name or b"").decode() for i in indices]
+
+
+def layer_of(graph, op, known: Mapping[str, Known] | None) -> Known:
+    """Returns the layer that an operator belongs to, by the names of its tensors."""
+    for name in tensor_names(graph, op):
+        if known is not None:
+            if found := nearest(name, known):
+                return known[found]
+        elif "/" in name and not name.startswith(("arith.", "tfl.")):
+            return Known(name.split(";")[0].rpartition("/")[0])
+    return Known("")
+
+
+def _why(op, reason, known) -> str:
+    if op.name in _BORDERS:
+        half = "float16" in op.inputs
+        return "weights stored as float16" if half else "between integers and floats"
+    if reason:
+        return reason
+    if {"int8", "int4"} & set(op.inputs):
+        return "weights alone are integers"
+    if op.name in _FLOAT_ONLY:
+        return f"LiteRT has no int8 kernel for {op.name}"
+    if known is None:
+        return "its tensors have no integer grid"
+    return "a tensor that it reads or writes has no range: its layer is not quantized"
+
+
+def _only_if_mixed(operators):
+    """In a file of floats alone there is nothing to explain."""
+    if any(op.kind in ("int8", "int16") or "int8" in op.inputs for op in operators):
+        return tuple(operators)
+    if any({"int4", "float16"} & set(op.inputs) for op in operators):
+        return tuple(operators)
+    return tuple(op._replace(why="") for op in operators)

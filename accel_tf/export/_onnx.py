@@ -1,0 +1,195 @@
+"""ONNX files, through tf2onnx: fake quantization becomes QuantizeLinear and DequantizeLinear."""
+
+import importlib
+import os
+import pathlib
+
+import keras
+import numpy as np
+
+from accel_tf import layers as graphs
+from accel_tf._litert import quiet
+from accel_tf.export import _grid
+from accel_tf.export._graph import (
+    frozen_graph,
+    has_graph,
+    input_names,
+    nearest,
+    output_names,
+    plain,
+    schemes_by_scope,
+    unrolled,
+)
+from accel_tf.export._litert import require_data
+from accel_tf.quantization._fake import freezing
+
+# The operators that take weights: which input they are, and the axis of the channels.
+_WEIGHTS = {
+    "Conv": (1, 0),
+    "ConvTranspose": (1, 1),
+    "MatMul": (1, 1),
+    "Gemm": (1, 1),
+    "Gather": (0, 0),
+}
+
+
+def onnx(
+    model: keras.Model,
+    path: str | os.PathLike,
+    *,
+    batch_size: int | None = None,
+    opset: int = 17,
+) -> pathlib.Path:
+    """Writes `model` as an ONNX file, for onnxruntime and the other runtimes that read it.
+
+    A quantized model keeps its numbers: each rounded activation is a pair of QuantizeLinear and
+    DequantizeLinear, each rounded weight is stored as int8 with a DequantizeLinear per channel
+    (4-bit weights too), or as float16. Runtimes compute such pairs in integers where they can.
+    Weights in groups are stored as float32, as this opset knows no groups.
+
+    Args:
+        model: A functional or sequential Keras model. float16 computation is exported as float32.
+        path: Where to write; usually ends in `.onnx`.
+        batch_size: Fixes the number of inputs per run; with `None` the file takes any number.
+        opset: The version of ONNX's operators, 17 or 18.
+
+    Returns:
+        The path. The file's inputs and outputs are named after the model's.
+
+    Raises:
+        ValueError: The model is subclassed, has seen no data, has 16-bit activations, or an operator
+            has no counterpart in ONNX; or `opset` is another number. No file is left behind.
+        ImportError: tf2onnx is not installed.
+
+    Example:
+
+    >>> import tempfile, keras
+    >>> import accel_tf as at
+    >>> model = keras.Sequential([keras.Input((8,), name="x"), keras.layers.Dense(4, name="y")])
+    >>> path = at.export.onnx(model, tempfile.mkdtemp() + "/model.onnx")
+    >>> path.name
+    'model.onnx'
+    """
+    graphs.require_model(model, "onnx")
+    if opset not in (17, 18):
+        raise ValueError(f"opset must be 17 or 18, which tf2onnx writes; received {opset!r}.")
+    if not has_graph(model):
+        raise ValueError(
+            f"Model {model.name!r} ({type(model).__name__}) is subclassed, and an ONNX file is made "
+            "of a functional or sequential model. Write it as one."
+        )
+    schemes = schemes_by_scope(model)
+    if any((scheme.activation_bits or 8) != 8 for scheme in schemes.values()):
+        raise ValueError(
+            f"Model {model.name!r} has 16-bit activations, which ONNX knows from opset 21 on and "
+            "tf2onnx does not write. Use accel_tf.export.litert, or quantize with Int8()."
+        )
+    require_data(model)
+    convert = onnx_module("tf2onnx.convert")
+    path = pathlib.Path(path)
+    with quiet() as log, freezing():
+        try:
+            model = plain(model)
+            with unrolled(model):
+                graph = frozen_graph(model, batch_size)
+            proto, _ = convert.from_graph_def(
+                graph.graph.as_graph_def(),
+                input_names=[t.name for t in graph.inputs],
+                output_names=[t.name for t in graph.outputs],
+                opset=opset,
+            )
+        except Exception as error:
+            raise ValueError(
+                f"tf2onnx failed on model {model.name!r}: {str(error)[-500:]}\n{log()[-1000:]}"
+            ) from error
+    _rename(proto.graph, model)
+    _shrink_weights(proto.graph, schemes)
+    try:
+        onnx_module("onnx.checker").check_model(proto)
+    except Exception as error:
+        raise ValueError(
+            f"An operator of model {model.name!r} has no counterpart in ONNX: {str(error)[:500]}"
+        ) from error
+    path.write_bytes(proto.SerializeToString())
+    return path
+
+
+def onnx_module(name):
+    """Imports a package for ONNX files, or says how to install it."""
+    try:
+        with quiet():
+            return importlib.import_module(name)
+    except ImportError as error:
+        raise ImportError(
+            f"ONNX files are written by tf2onnx and run by onnxruntime; {name} is not installed. "
+            "Install them with: pip install 'accel-tf[onnx]'"
+        ) from error
+
+
+def _rename(graph, model):
+    """Gives the file's inputs and outputs the model's names, and the batch its own."""
+    pairs = [*zip(graph.input, input_names(model), strict=True)]
+    pairs += zip(graph.output, output_names(model), strict=True)
+    taken = {name for node in graph.node for name in (*node.input, *node.output)}
+    for info, name in pairs:
+        while name in taken - {info.name}:
+            name += "_"
+        for node in graph.node:
+            for names in (node.input, node.output):
+                for i, old in enumerate(names):
+                    if old == info.name:
+                        names[i] = name
+        info.name = name
+        first = info.type.tensor_type.shape.dim[:1]
+        if first and first[0].dim_param:
+            first[0].dim_param = "batch"
+
+
+def _shrink_weights(graph, schemes):
+    """Stores the weights of quantized layers in their format, in front of an operator that expands."""
+    numpy_helper, helper = onnx_module("onnx.numpy_helper"), onnx_module("onnx.helper")
+    stored = {tensor.name: tensor for tensor in graph.initializer}
+    done, operators = {}, []
+    for node in graph.node:
+        place, axis = _WEIGHTS.get(node.op_type, (None, None))
+        name = node.input[place] if place is not None else None
+        if name in stored and name not in done:
+            found = [nearest(n, schemes) for n in (name, *node.output, node.name)]
+            owner = next(filter(None, found), None)
+            weights = numpy_helper.to_array(stored[name])
+            if owner and weights.dtype == np.float32 and weights.ndim > 1:
+                if node.op_type == "Gemm" and any(
+                    a.name == "transB" and a.i for a in node.attribute
+                ):
+                    axis = 0
+                made = _expanding(name, weights, axis, schemes[owner], helper, numpy_helper)
+                done[name] = made is not None
+                if made is not None:
+                    tensors, operator = made
+                    graph.initializer.remove(stored[name])
+                    graph.initializer.extend(tensors)
+                    operators.append(operator)
+    rest = list(graph.node)
+    del graph.node[:]
+    graph.node.extend([*operators, *rest])
+
+
+def _expanding(name, weights, axis, scheme, helper, numpy_helper):
+    """Returns the tensors to store for some weights and the operator that makes `name` of them."""
+    if scheme.weight_type == "float":
+        half = numpy_helper.from_array(weights.astype(np.float16), name + "_float16")
+        return [half], helper.make_node("Cast", [half.name], [name], name=name + "_cast", to=1)
+    grid = _grid.find(weights, scheme.weight_bits, scheme.group_size, (axis, None))
+    if grid is None or grid.group is not None:
+        return None
+    one = grid.axis is None
+    scales = np.where(grid.scales, grid.scales, 1)[:, 0].astype(np.float32)
+    tensors = [
+        numpy_helper.from_array(grid.integers, name + "_integers"),
+        numpy_helper.from_array(scales[0] if one else scales, name + "_scale"),
+    ]
+    options = {} if one else {"axis": grid.axis}
+    inputs = [tensor.name for tensor in tensors]
+    return tensors, helper.make_node(
+        "DequantizeLinear", inputs, [name], name=name + "_dequantize", **options
+    )

@@ -1,0 +1,76 @@
+"""SavedModel folders: for TensorFlow, TensorFlow Serving and everything that converts from them."""
+
+import os
+import pathlib
+
+import keras
+import tensorflow as tf
+
+from accel_tf import layers as graphs
+from accel_tf._litert import quiet
+from accel_tf.export._graph import frozen_graph, has_graph, input_names, output_names, plain
+from accel_tf.export._litert import require_data
+from accel_tf.quantization._fake import freezing
+
+
+def saved_model(
+    model: keras.Model, path: str | os.PathLike, *, batch_size: int | None = None
+) -> pathlib.Path:
+    """Writes the inference of `model` as a SavedModel folder, which needs neither Keras nor accel_tf.
+
+    The weights are constants of the graph and the ranges of a quantized model are fixed, so the
+    folder computes what `model(x, training=False)` does and cannot be trained on. float16
+    computation is exported as float32. To save a model for training use `model.save`.
+
+    Args:
+        model: Any functional or sequential Keras model; a subclassed one is written by Keras'
+            `model.export`, its weights as variables.
+        path: The folder to write; it is made.
+        batch_size: Fixes the number of inputs per run; with `None` the folder takes any number.
+
+    Returns:
+        The path of the folder. `tf.saved_model.load(path).signatures["serving_default"]` runs it;
+        its inputs and outputs are named after the model's.
+
+    Raises:
+        ValueError: The model is quantized but has seen no data, or a fixed batch size is asked of
+            a subclassed model.
+
+    Example:
+
+    >>> import tempfile, keras, tensorflow as tf
+    >>> import accel_tf as at
+    >>> model = keras.Sequential([keras.Input((8,), name="x"), keras.layers.Dense(4, name="y")])
+    >>> path = at.export.saved_model(model, tempfile.mkdtemp() + "/model")
+    >>> run = tf.saved_model.load(path).signatures["serving_default"]
+    >>> run(x=tf.zeros((3, 8)))["y"].shape
+    TensorShape([3, 4])
+    """
+    graphs.require_model(model, "saved_model")
+    require_data(model)
+    path = pathlib.Path(path)
+    with quiet(), freezing():
+        model = plain(model)
+        if not has_graph(model):
+            if batch_size is not None:
+                raise ValueError("A fixed batch size needs a functional or sequential model.")
+            model.export(str(path), verbose=False)
+            return path
+        graph = frozen_graph(model, batch_size)
+        names, outputs = input_names(model), output_names(model)
+        signature = {
+            name: tf.TensorSpec(t.shape, t.dtype, name)
+            for name, t in zip(names, graph.inputs, strict=True)
+        }
+
+        def serve(**inputs):
+            results = tf.nest.flatten(graph(*(inputs[name] for name in names)))
+            return dict(zip(outputs, results, strict=True))
+
+        module = tf.Module()
+        module.graph = graph
+        module.serve = tf.function(serve, autograph=False)
+        served = module.serve.get_concrete_function(**signature)
+        options = tf.saved_model.SaveOptions(experimental_custom_gradients=False)
+        tf.saved_model.save(module, str(path), signatures=served, options=options)
+    return path

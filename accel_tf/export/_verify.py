@@ -1,0 +1,290 @@
+"""Does the file say what the model said? Runs it in its own runtime, and looks for the first fault."""
+
+import dataclasses
+import os
+import pathlib
+from typing import NamedTuple
+
+import keras
+import numpy as np
+
+from accel_tf import layers as graphs
+from accel_tf import report
+from accel_tf._litert import quiet
+from accel_tf.export import _runtimes
+from accel_tf.export._graph import intercepted
+
+# Intermediate results are compared on this many inputs: enough to tell, and they are large.
+_SAMPLES = 8
+
+
+class LayerMatch(NamedTuple):
+    """One layer of the model beside its likeness in the file.
+
+    Attributes:
+        layer: The layer's path.
+        tensor: The name of the tensor in the file that is most like its output; `""` if none has
+            its shape.
+        sqnr: How alike, in dB.
+        note: `"first to deviate"`, `"deviates"`, or `"within a kernel"` for a layer whose output the
+            runtime never writes down because it fuses it with the next.
+    """
+
+    layer: str
+    tensor: str
+    sqnr: float
+    note: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Verification:
+    """How a file's outputs compare with the model's; prints as text and renders as a table.
+
+    Attributes:
+        path: The file.
+        runtime: What ran it: `"LiteRT"`, `"onnxruntime"` or `"TensorFlow"`.
+        sqnr: Signal-to-quantization-noise ratio of the outputs in dB, 10·log₁₀(Σy² / Σ(y − ŷ)²); of
+            several outputs the lowest.
+        largest_difference: The largest absolute difference of any output.
+        agreement: The fraction of inputs for which the largest output is the same one; of several
+            outputs the lowest.
+        threshold: The SQNR in dB below which a tensor counts as deviating.
+        layers: A `LayerMatch` for each layer, in the order in which the model runs them.
+    """
+
+    path: pathlib.Path
+    runtime: str
+    sqnr: float
+    largest_difference: float
+    agreement: float
+    threshold: float
+    layers: tuple[LayerMatch, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether the outputs agree to within the threshold."""
+        return self.sqnr >= self.threshold
+
+    @property
+    def first_deviation(self) -> str | None:
+        """The path of the first layer that deviates, `None` if none does."""
+        return next((m.layer for m in self.layers if m.note == "first to deviate"), None)
+
+    @property
+    def table(self) -> report.Table:
+        """One row per layer: the tensor that matches it, how well, and a note."""
+        rows = [(m.layer, m.tensor or "–", _decibels(m.sqnr), m.note) for m in self.layers]
+        title = (
+            f"{self.path.name} in {self.runtime}: SQNR {_decibels(self.sqnr)} dB, largest "
+            f"difference {self.largest_difference:.3g}, same arg-max {self.agreement:.1%}"
+        )
+        return report.Table(("layer", "tensor in the file", "SQNR [dB]", "note"), rows, title)
+
+    def __str__(self) -> str:
+        return str(self.table)
+
+    def _repr_html_(self) -> str:
+        return self.table._repr_html_()
+
+
+def verify(
+    model: keras.Model, path: str | os.PathLike, x, *, threshold: float = 20.0
+) -> Verification:
+    """Runs an exported file in its own runtime and compares it with the model, layer by layer.
+
+    Outputs are compared on all of `x`. Then each layer's output on the first inputs is looked up
+    among all tensors that the file computes, by shape and likeness, so that names need not match
+    and files from other converters can be checked too. What a runtime fuses has no tensor of its
+    own: a layer is only said to deviate if what follows it does, too.
+
+    Args:
+        model: The model that the file was made of; a fake-quantized one for a quantized file.
+        path: A `.tflite` file, an `.onnx` file, or a SavedModel folder.
+        x: Inputs: an array (n, …), or a list or dict of them for several inputs.
+        threshold: The SQNR in dB below which a tensor deviates. Rounding that falls the other way
+            leaves 30 dB and more; a wrong weight, axis or range does not.
+
+    Returns:
+        A `Verification`; it prints as a table.
+
+    Raises:
+        ValueError: The file is of no known kind, `x` does not fit, or the file has not as many
+            outputs as the model or outputs of other shapes.
+        FileNotFoundError: There is no such file.
+        ImportError: The file's runtime is not installed.
+
+    Example:
+
+    >>> import tempfile, keras, numpy as np
+    >>> import accel_tf as at
+    >>> model = keras.Sequential([keras.Input((8,), name="x"), keras.layers.Dense(4, name="y")])
+    >>> path = at.export.saved_model(model, tempfile.mkdtemp() + "/model")
+    >>> found = at.export.verify(model, path, np.random.default_rng(0).random((5, 8)))
+    >>> found.ok, found.agreement, found.first_deviation
+    (True, 1.0, None)
+    """
+    graphs.require_model(model, "verify")
+    path = pathlib.Path(path)
+    runtime = _runtimes.runtime_of(path)
+    arrays = _arrays(model, x)
+    few = [array[: runtime.batch_size or _SAMPLES] for array in arrays]
+    expected = _flat(_call(model, arrays))
+    with quiet():
+        outputs = runtime.outputs(model, arrays)
+        tensors = _by_size(runtime.tensors(model, few))
+    _check_outputs(path, expected, outputs)
+    pairs = list(zip(expected, outputs, strict=True))
+    return Verification(
+        path,
+        runtime.name,
+        min(_sqnr(y, z) for y, z in pairs),
+        max(float(np.abs(y - z).max(initial=0)) for y, z in pairs),
+        min(float((y.argmax(-1) == z.argmax(-1)).mean()) if y.ndim else 1.0 for y, z in pairs),
+        threshold,
+        _matches(model, few, tensors, threshold),
+    )
+
+
+def _arrays(model, x) -> list[np.ndarray]:
+    """Returns the inputs in the order of the model's."""
+    if isinstance(x, dict):
+        names = [tensor.name for tensor in getattr(model, "inputs", None) or []]
+        if set(names) != set(x):
+            raise ValueError(f"The model has the inputs {names}, received {sorted(x)}.")
+        x = [x[name] for name in names]
+    several = isinstance(x, (list, tuple)) and len(x) and hasattr(x[0], "shape")
+    arrays = [np.asarray(array) for array in (x if several else [x])]
+    if not len(arrays[0]):
+        raise ValueError("verify needs at least one input, received none.")
+    inputs = getattr(model, "inputs", None) or []
+    kinds = [tensor.dtype for tensor in inputs] or ["float32"] * len(arrays)
+    if len(kinds) != len(arrays):
+        raise ValueError(f"The model has {len(kinds)} inputs, received {len(arrays)} arrays.")
+    return [array.astype(kind) for array, kind in zip(arrays, kinds, strict=True)]
+
+
+def _call(model, arrays):
+    if len(arrays) == 1 and not isinstance(getattr(model, "input", None), (list, dict)):
+        return model(arrays[0], training=False)
+    return model(keras.tree.pack_sequence_as(model.input, arrays), training=False)
+
+
+def _flat(outputs) -> list[np.ndarray]:
+    return [
+        np.asarray(keras.ops.convert_to_numpy(y), np.float32) for y in keras.tree.flatten(outputs)
+    ]
+
+
+def _check_outputs(path, expected, outputs):
+    shapes, received = [y.shape for y in expected], [y.shape for y in outputs]
+    if shapes != received:
+        raise ValueError(
+            f"{path.name} gives outputs of the shapes {received}, the model of {shapes}: it is not a "
+            "file of this model."
+        )
+
+
+class _Run(NamedTuple):
+    """One call of a layer: its path, the tensors it read, by identity, and those that it made."""
+
+    path: str
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    values: list[np.ndarray]
+
+
+def _runs(model, arrays) -> list[_Run]:
+    """Runs the model and notes what each layer computes; parts of a layer are not looked into."""
+    runs, alive = [], []
+    outer = []
+    for path, layer in graphs.walk(model):
+        if not isinstance(layer, (keras.Model, keras.layers.InputLayer)) and not any(
+            path.startswith(other + "/") for other, _ in outer
+        ):
+            outer.append((path, layer))
+
+    def noting(path, call):
+        def noted(*args, **kwargs):
+            results = call(*args, **kwargs)
+            inputs, outputs = _tensors((args, kwargs)), _tensors(results)
+            alive.extend([*inputs, *outputs])  # An identity is only unique among the living.
+            values = [np.asarray(t, np.float32) for t in outputs if t.dtype.is_floating]
+            runs.append(_Run(path, tuple(map(id, inputs)), tuple(map(id, outputs)), values))
+            return results
+
+        return noted
+
+    with intercepted(outer, noting):
+        _call(model, arrays)
+    return runs
+
+
+def _tensors(structure) -> list:
+    return [t for t in keras.tree.flatten(structure) if hasattr(t, "dtype") and hasattr(t, "numpy")]
+
+
+def _matches(model, arrays, tensors, threshold) -> tuple[LayerMatch, ...]:
+    runs = [run for run in _runs(model, arrays) if run.values]
+    found = [_best(run, tensors) for run in runs]
+    good = [sqnr >= threshold for _, sqnr in found]
+    # A layer that is fused has no tensor of its own; the next one whose kernel ends shows it is well.
+    fine = list(good)
+    for i in reversed(range(len(runs))):
+        made = set(runs[i].outputs)
+        readers = [j for j in range(i + 1, len(runs)) if made & set(runs[j].inputs)]
+        readers = readers or list(range(i + 1, min(i + 2, len(runs))))
+        fine[i] = good[i] or any(fine[j] for j in readers)
+    matches, first = [], True
+    for run, (name, sqnr), is_good, is_fine in zip(runs, found, good, fine, strict=True):
+        note = "" if is_good else "within a kernel"
+        if not is_fine:
+            note, first = ("first to deviate" if first else "deviates"), False
+        matches.append(LayerMatch(run.path, name, sqnr, note))
+    return tuple(matches)
+
+
+def _best(run, tensors) -> tuple[str, float]:
+    """Returns the name of the tensor that is most like the output of a layer, and the SQNR."""
+    best = ("", -np.inf)
+    for value in run.values:
+        for name, tensor in tensors.get(_size(value), ()):
+            for view in _views(tensor, value.shape):
+                if (sqnr := _sqnr(value, view)) > best[1]:
+                    best = (name, sqnr)
+    return best
+
+
+def _size(array) -> tuple[int, ...]:
+    """What does not change when axes move: the sizes of axes other than 1, sorted."""
+    return tuple(sorted(n for n in array.shape if n != 1))
+
+
+def _by_size(tensors) -> dict:
+    """Sorts pairs of name and array for `_best`."""
+    sorted_ = {}
+    for name, array in tensors:
+        sorted_.setdefault(_size(array), []).append((name, array))
+    return sorted_
+
+
+def _views(tensor, shape):
+    """Yields a tensor in the shape of another, with the channels last if they came first."""
+    squeezed = tuple(n for n in shape if n != 1)
+    if tuple(n for n in tensor.shape if n != 1) == squeezed:
+        yield tensor.reshape(shape)
+    if tensor.ndim > 2:
+        moved = np.moveaxis(tensor, 1, -1)
+        if moved.shape == shape:
+            yield moved
+
+
+def _sqnr(expected, received) -> float:
+    signal = np.square(expected, dtype=np.float64).sum()
+    noise = np.square(expected - received, dtype=np.float64).sum()
+    if not noise:
+        return np.inf
+    return float(10 * np.log10(signal / noise)) if signal else -np.inf
+
+
+def _decibels(value) -> str:
+    return "exact" if value == np.inf else "–" if value == -np.inf else f"{value:.1f}"

@@ -1,0 +1,258 @@
+"""Weights alone in fewer bits: rewrites a float LiteRT file, whose weights lie on their grid already.
+
+The converter has no say in it: TensorFlow's knows no 4-bit weights, and rounds Dense kernels to a
+grid of its own.
+"""
+
+import copy
+
+import flatbuffers
+import numpy as np
+
+from accel_tf import report
+from accel_tf._litert import litert_module
+from accel_tf.export import _grid
+from accel_tf.export._graph import nearest
+from accel_tf.export._inspect import operator_name, tensor_names
+
+# Kernels that multiply integer weights by activations that they round themselves, and the version
+# of the operator that does so per channel and in 4 bits.
+_DYNAMIC = {"FULLY_CONNECTED": 12, "CONV_2D": 8}
+# The axis of the output channels in each kernel's weights; `None` stands for one scale.
+_AXES = {"DEPTHWISE_CONV_2D": (3, None)}
+# XNNPACK's kernels for groups take these.
+_GROUPS = 32
+
+
+def shrink(content: bytes, schemes: dict, allow_float: bool = False) -> bytes:
+    """Returns the file with the weights of some layers stored as their schemes say.
+
+    Args:
+        content: A LiteRT file.
+        schemes: Schemes without integer activations, by the scopes of their layers.
+        allow_float: Whether weights that lie on no grid may stay float32.
+
+    Raises:
+        ValueError: No weight of a layer lies on the grid of its scheme.
+    """
+    file = _File(content)
+    done = set()
+    for graph in file.model.subgraphs:
+        operators, made = list(graph.operators), {}
+        graph.operators = []
+        for op in operators:
+            for place, index in enumerate(op.inputs):
+                weights = file.constant(graph, index)
+                owner = _owner(graph, op, index, schemes)
+                if weights is None or weights.ndim < 2 or owner is None:
+                    continue
+                key = index, operator_name(file.model, op)
+                if key not in made:
+                    made[key] = _stored(file, graph, index, weights, schemes[owner], key[1])
+                if made[key]:
+                    made[key](op, place)
+                    done.add(owner)
+            graph.operators.append(op)
+    if (missing := set(schemes) - done) and not allow_float:
+        raise ValueError(
+            f"The weights of {report.shorten(sorted(missing))} are not stored in fewer bits: in the "
+            "converted graph they lie on no grid of one scale per channel or group. Exclude these "
+            "layers, or pass allow_float=True to store them as float32. No file was written."
+        )
+    return file.content()
+
+
+def sparse_tensors(content: bytes) -> int:
+    """Returns how many tensors of a file are stored as sparse."""
+    model = _File(content).model
+    return sum(t.sparsity is not None for graph in model.subgraphs for t in graph.tensors)
+
+
+def _owner(graph, op, index, schemes):
+    names = [(graph.tensors[index].name or b"").decode(), *tensor_names(graph, op)]
+    return next(filter(None, (nearest(name, schemes) for name in names)), None)
+
+
+def _stored(file, graph, index, weights, scheme, operator):
+    """Stores one tensor of weights; returns a function `(op, place)` that makes `op` read it."""
+    if scheme.weight_type == "float":
+        half = file.tensor(graph, index, "FLOAT16", weights.astype(np.float16))
+        return _expanded(file, graph, half, index)
+    axes = _AXES.get(operator, (0, weights.ndim - 1, None))
+    grid = _grid.find(weights, scheme.weight_bits, scheme.group_size, axes)
+    if grid is None:
+        return None
+    small = _integer_tensor(file, graph, index, grid, scheme.weight_bits)
+    if operator in _DYNAMIC and grid.axis == 0 and (grid.group is None or _blocks(grid, operator)):
+        return _dynamic(file, small, operator)
+    return _expanded(file, graph, small, index, grid)
+
+
+def _blocks(grid, operator) -> bool:
+    """Whether LiteRT has a kernel for the groups of these weights."""
+    columns = grid.integers.shape[-1]
+    return operator == "FULLY_CONNECTED" and grid.group % _GROUPS == 0 and columns % grid.group == 0
+
+
+def _integer_tensor(file, graph, index, grid, bits):
+    integers = grid.integers
+    schema = file.schema
+    quantization = schema.QuantizationParametersT()
+    if grid.group is None:
+        quantization.scale = grid.scales[:, 0]
+        quantization.quantizedDimension = grid.axis or 0
+    elif _blocks(grid, "FULLY_CONNECTED") and integers.ndim == 2 and grid.axis == 0:
+        blocks = schema.BlockwiseQuantizationT()
+        blocks.scales = file.tensor(
+            graph, index, "FLOAT16", grid.scales.astype(np.float16), "scales"
+        )
+        blocks.zeroPoints, blocks.blockSize = -1, grid.group
+        quantization.details = blocks
+        quantization.detailsType = schema.QuantizationDetails.BlockwiseQuantization
+    else:
+        # One row for each group, the last of each channel filled up with zeros.
+        moved = integers[None] if grid.axis is None else np.moveaxis(integers, grid.axis, 0)
+        rows = moved.reshape(len(moved), -1)
+        integers = np.pad(rows, ((0, 0), (0, -rows.shape[1] % grid.group))).reshape(-1, grid.group)
+        quantization.scale = grid.scales.reshape(-1)
+    if quantization.scale is not None:
+        quantization.zeroPoint = np.zeros(len(quantization.scale), np.int64)
+    kind, data = ("INT4", _packed(integers)) if bits == 4 else ("INT8", integers)
+    return file.tensor(graph, index, kind, data, "integers", integers.shape, quantization)
+
+
+def _packed(integers):
+    """Two 4-bit integers to a byte, the first in the lower half."""
+    flat = integers.reshape(-1)
+    flat = np.append(flat, np.int8(0)) if len(flat) % 2 else flat
+    return ((flat[0::2] & 15) | ((flat[1::2] & 15) << 4)).astype(np.uint8)
+
+
+def _dynamic(file, small, operator):
+    def read(op, place):
+        op.inputs = np.array([*op.inputs[:place], small, *op.inputs[place + 1 :]], np.int32)
+        code = file.model.operatorCodes[op.opcodeIndex]
+        code.version = max(code.version, _DYNAMIC[operator])
+        if operator == "FULLY_CONNECTED":
+            op.builtinOptions.asymmetricQuantizeInputs = True
+
+    return read
+
+
+def _expanded(file, graph, small, index, grid=None):
+    """Makes a tensor of weights the result of operators that expand it to float."""
+    tensor = graph.tensors[index]
+    tensor.buffer = 0
+    stored = tuple(graph.tensors[small].shape)
+    if stored == tuple(tensor.shape):
+        file.add_operator(graph, "DEQUANTIZE", [small], index, 6)
+        return lambda op, place: None
+    # Groups are rows of their own, and LiteRT has to put them together again.
+    steps = [("DEQUANTIZE", stored)]
+    channels, groups = grid.scales.shape
+    count = grid.integers.size // channels
+    if groups * grid.group > count:
+        steps += [("RESHAPE", (channels, groups * grid.group)), ("SLICE", (channels, count))]
+    if steps[-1][1] != tuple(tensor.shape):
+        steps.append(("RESHAPE", tuple(tensor.shape)))
+    last = small
+    for i, (name, shape) in enumerate(steps):
+        result = index if i == len(steps) - 1 else file.result(graph, index, f"rows{i}", shape)
+        inputs = [last]
+        if name == "SLICE":
+            inputs.append(file.tensor(graph, index, "INT32", np.zeros(2, np.int32), "begin"))
+        if name != "DEQUANTIZE":
+            inputs.append(
+                file.tensor(graph, index, "INT32", np.array(shape, np.int32), f"shape{i}")
+            )
+        file.add_operator(graph, name, inputs, result, 6 if name == "DEQUANTIZE" else 1)
+        last = result
+    return lambda op, place: None
+
+
+class _File:
+    """A LiteRT file taken apart."""
+
+    def __init__(self, content):
+        self.schema = litert_module("schema_py_generated")
+        self.model = self.schema.ModelT.InitFromObj(self.schema.Model.GetRootAs(content, 0))
+        self._types = {code: name for name, code in vars(self.schema.TensorType).items()}
+
+    def constant(self, graph, index):
+        """Returns the values of a float32 tensor that is constant, else `None`."""
+        if index < 0 or self._types[graph.tensors[index].type] != "FLOAT32":
+            return None
+        tensor = graph.tensors[index]
+        data = self.model.buffers[tensor.buffer].data
+        if data is None or not len(data):
+            return None
+        return np.asarray(data, np.uint8).view(np.float32).reshape(tensor.shape)
+
+    def tensor(self, graph, like, kind, array, suffix="", shape=None, quantization=None) -> int:
+        """Adds a constant tensor, named after the tensor `like`; returns its index."""
+        buffer = self.schema.BufferT()
+        buffer.data = np.frombuffer(array.tobytes(), np.uint8)
+        self.model.buffers.append(buffer)
+        tensor = copy.copy(graph.tensors[like])
+        tensor.buffer = len(self.model.buffers) - 1
+        tensor.type = getattr(self.schema.TensorType, kind)
+        tensor.shape = np.array(array.shape if shape is None else shape, np.int32)
+        tensor.shapeSignature = None
+        tensor.quantization = quantization
+        tensor.name = (tensor.name or b"") + f"/{suffix or kind.lower()}".encode()
+        graph.tensors.append(tensor)
+        return len(graph.tensors) - 1
+
+    def result(self, graph, like, suffix, shape) -> int:
+        """Adds a tensor of floats that an operator computes; returns its index."""
+        index = self.tensor(graph, like, "FLOAT32", np.zeros(0, np.float32), suffix, shape)
+        self.model.buffers.pop()
+        graph.tensors[index].buffer = 0
+        return index
+
+    def add_operator(self, graph, name, inputs, output, version):
+        """Adds an operator with one output to the end of a graph."""
+        code = getattr(self.schema.BuiltinOperator, name)
+        codes = self.model.operatorCodes
+        place = next((i for i, c in enumerate(codes) if c.builtinCode == code), len(codes))
+        if place == len(codes):
+            new = self.schema.OperatorCodeT()
+            new.builtinCode, new.deprecatedBuiltinCode = code, min(code, 127)
+            codes.append(new)
+        codes[place].version = max(codes[place].version, version)
+        operator = self.schema.OperatorT()
+        operator.opcodeIndex = place
+        operator.inputs = np.array(inputs, np.int32)
+        operator.outputs = np.array([output], np.int32)
+        graph.operators.append(operator)
+
+    def content(self) -> bytes:
+        """Puts the file together, without the constants that nobody reads any more."""
+        read = {entry.buffer for entry in self.model.metadata or ()}
+        for graph in self.model.subgraphs:
+            used = _used(graph)
+            for index, tensor in enumerate(graph.tensors):
+                tensor.buffer = tensor.buffer if index in used else 0
+                read.add(tensor.buffer)
+        for index, buffer in enumerate(self.model.buffers):
+            if index not in read:
+                buffer.data = None
+        builder = flatbuffers.Builder(1024)
+        builder.Finish(self.model.Pack(builder), b"TFL3")
+        return bytes(builder.Output())
+
+
+def _used(graph) -> set[int]:
+    """Returns the tensors that an operator, or the grid of such a tensor, refers to."""
+    used = {*graph.inputs, *graph.outputs}
+    for op in graph.operators:
+        used |= {
+            *op.inputs,
+            *op.outputs,
+            *(op.intermediates if op.intermediates is not None else ()),
+        }
+    for index in [i for i in used if i >= 0]:
+        details = getattr(graph.tensors[index].quantization, "details", None)
+        if hasattr(details, "scales"):
+            used.add(details.scales)
+    return used
