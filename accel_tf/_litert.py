@@ -71,7 +71,7 @@ class LiteRTRunner:
 
     def __init__(self, path: str | os.PathLike, *, threads: int = 1):
         self.path = pathlib.Path(path)
-        content = self.path.read_bytes()
+        content = self._content()
         require_litert(content, self.path)
         with quiet():
             self._interpreter = litert_module("interpreter").Interpreter(
@@ -81,6 +81,9 @@ class LiteRTRunner:
             self.inputs = self._details("input")
             self.outputs = self._details("output")
         self._shapes = None
+
+    def _content(self) -> bytes:
+        return self.path.read_bytes()
 
     def _options(self) -> dict:
         return {}

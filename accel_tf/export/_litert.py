@@ -121,9 +121,7 @@ class _Plan:
             for path, layer in wrapped.items()
             if not layer.scheme.activation_bits and layer.rounds_weights
         }
-        self.known = {
-            scope(path): Known(path, _why_float(layer) if wrapped else "") for path, layer in layers
-        }
+        self.known = _known(layers, wrapped)
         self.float_io = allow_float or bool(self.weights_only)
         self._check(list(wrapped.values()), list(integer))
 
@@ -191,6 +189,17 @@ class _Plan:
                 "Layers excluded from quantization stay in float (see accel_tf.report_of); pass "
                 "allow_float=True to export them so. No file was written."
             )
+
+
+def _known(layers, wrapped) -> dict[str, Known]:
+    """Returns the layers by scope; a part of a quantized layer counts as that layer."""
+    known, outer = {}, None
+    for path, layer in layers:  # A layer's parts follow it.
+        if outer is None or not path.startswith(outer + "/"):
+            outer = path if path in wrapped else None
+            entry = Known(path, _why_float(layer) if wrapped else "")
+        known[scope(path)] = entry
+    return known
 
 
 def _why_float(layer) -> str:

@@ -7,6 +7,7 @@ from tensorflow.python.framework.convert_to_constants import convert_variables_t
 from accel_tf._litert import LiteRTRunner, litert_module, to_floats
 from accel_tf.export._graph import input_names, output_names
 from accel_tf.export._onnx import onnx_module
+from accel_tf.export._weights import without_groups
 
 
 def runtime_of(path):
@@ -56,6 +57,9 @@ class LiteRT:
 
 class _Watched(LiteRTRunner):
     """Keeps every tensor, and so does without the delegates, which do not."""
+
+    def _content(self):
+        return without_groups(super()._content())
 
     def _options(self):
         kinds = litert_module("interpreter").OpResolverType

@@ -62,8 +62,8 @@ class Verification:
 
     @property
     def ok(self) -> bool:
-        """Whether the outputs agree to within the threshold."""
-        return self.sqnr >= self.threshold
+        """Whether the outputs agree to within the threshold, and no layer deviates."""
+        return self.sqnr >= self.threshold and self.first_deviation is None
 
     @property
     def first_deviation(self) -> str | None:
@@ -226,16 +226,19 @@ def _tensors(structure) -> list:
 def _matches(model, arrays, tensors, threshold) -> tuple[LayerMatch, ...]:
     runs = [run for run in _runs(model, arrays) if run.values]
     found = [_best(run, tensors) for run in runs]
-    good = [sqnr >= threshold for _, sqnr in found]
-    # A layer that is fused has no tensor of its own; the next one whose kernel ends shows it is well.
+    good = [sqnr >= threshold for _, sqnr, _ in found]
+    # A layer that is fused has no tensor of its own; that of the next whose kernel ends vouches for it,
+    # unless that is all but the same for every input, as the softmax of an untrained model.
+    vouches = [g and varied >= threshold / 2 for g, (_, _, varied) in zip(good, found, strict=True)]
     fine = list(good)
     for i in reversed(range(len(runs))):
         made = set(runs[i].outputs)
         readers = [j for j in range(i + 1, len(runs)) if made & set(runs[j].inputs)]
         readers = readers or list(range(i + 1, min(i + 2, len(runs))))
-        fine[i] = good[i] or any(fine[j] for j in readers)
+        vouched = any(vouches[j] for j in readers)
+        fine[i], vouches[i] = good[i] or vouched, vouches[i] or vouched
     matches, first = [], True
-    for run, (name, sqnr), is_good, is_fine in zip(runs, found, good, fine, strict=True):
+    for run, (name, sqnr, _), is_good, is_fine in zip(runs, found, good, fine, strict=True):
         note = "" if is_good else "within a kernel"
         if not is_fine:
             note, first = ("first to deviate" if first else "deviates"), False
@@ -243,14 +246,18 @@ def _matches(model, arrays, tensors, threshold) -> tuple[LayerMatch, ...]:
     return tuple(matches)
 
 
-def _best(run, tensors) -> tuple[str, float]:
-    """Returns the name of the tensor that is most like the output of a layer, and the SQNR."""
-    best = ("", -np.inf)
+def _best(run, tensors) -> tuple[str, float, float]:
+    """Returns the tensor that is most like the output of a layer, and how much so.
+
+    Its name, the SQNR, and the SQNR of what differs from input to input.
+    """
+    best = ("", -np.inf, -np.inf)
     for value in run.values:
         for name, tensor in tensors.get(_size(value), ()):
             for view in _views(tensor, value.shape):
                 if (sqnr := _sqnr(value, view)) > best[1]:
-                    best = (name, sqnr)
+                    varied = _sqnr(value - value.mean(0), view - view.mean(0))
+                    best = (name, sqnr, varied if len(value) > 1 else sqnr)
     return best
 
 

@@ -42,9 +42,13 @@ def shrink(content: bytes, schemes: dict, allow_float: bool = False) -> bytes:
         graph.operators = []
         for op in operators:
             for place, index in enumerate(op.inputs):
-                weights = file.constant(graph, index)
                 owner = _owner(graph, op, index, schemes)
-                if weights is None or weights.ndim < 2 or owner is None:
+                if owner is None or len(_shape(graph, index)) < 2:
+                    continue
+                weights = file.constant(graph, index)
+                if weights is None:
+                    if file.has_integers(graph, index):  # The converter did it by itself.
+                        done.add(owner)
                     continue
                 key = index, operator_name(file.model, op)
                 if key not in made:
@@ -66,6 +70,36 @@ def sparse_tensors(content: bytes) -> int:
     """Returns how many tensors of a file are stored as sparse."""
     model = _File(content).model
     return sum(t.sparsity is not None for graph in model.subgraphs for t in graph.tensors)
+
+
+def without_groups(content: bytes) -> bytes:
+    """Returns a file in which weights with a scale for each group are float32, the same numbers.
+
+    Only a delegate of LiteRT computes with groups, and with a delegate tensors cannot be looked at.
+    """
+    file, found = _File(content), False
+    for graph in file.model.subgraphs:
+        for tensor in graph.tensors:
+            details = getattr(tensor.quantization, "details", None)
+            if not hasattr(details, "blockSize"):
+                continue
+            data = np.asarray(file.model.buffers[tensor.buffer].data, np.uint8)
+            halves = np.stack([data & 15, data >> 4], axis=1).reshape(-1).astype(np.int8)
+            integers = np.where(halves > 7, halves - 16, halves)[: np.prod(tensor.shape)]
+            scales = graph.tensors[details.scales]
+            scales = np.asarray(file.model.buffers[scales.buffer].data, np.uint8).view(np.float16)
+            groups = integers.reshape(-1, details.blockSize) * scales.astype(np.float32)[:, None]
+            file.model.buffers[tensor.buffer].data = (
+                groups.astype(np.float32).reshape(-1).view(np.uint8)
+            )
+            tensor.type, tensor.quantization = file.schema.TensorType.FLOAT32, None
+            found = True
+    return file.content() if found else content
+
+
+def _shape(graph, index):
+    shape = graph.tensors[index].shape if index >= 0 else None
+    return () if shape is None else shape
 
 
 def _owner(graph, op, index, schemes):
@@ -187,6 +221,12 @@ class _File:
         if data is None or not len(data):
             return None
         return np.asarray(data, np.uint8).view(np.float32).reshape(tensor.shape)
+
+    def has_integers(self, graph, index) -> bool:
+        """Whether a tensor is constant and has integers on a grid for its values."""
+        tensor = graph.tensors[index]
+        data = self.model.buffers[tensor.buffer].data
+        return self._types[tensor.type] in ("INT8", "INT4") and data is not None and len(data) > 0
 
     def tensor(self, graph, like, kind, array, suffix="", shape=None, quantization=None) -> int:
         """Adds a constant tensor, named after the tensor `like`; returns its index."""
