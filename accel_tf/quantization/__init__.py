@@ -12,6 +12,7 @@ very grid that the integer runtime will use::
     MSE, …           those that need a histogram of all values                  _histograms.py
     FakeQuantize     one tensor on its grid: observer and rounding              _fake.py
     Quantized…       the layers that replace those of the model                 _layers.py
+                     zeros and clusters, kept in training and in the file       _preserve.py
 
 `accel_tf.export.litert` turns the result into a LiteRT file.
 """

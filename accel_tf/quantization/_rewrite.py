@@ -21,6 +21,11 @@ def quantize_aware(
     uses the ranges found so far. Before it has seen data, the new model rounds only its weights.
     `accel_tf.report_of` tells what was done to each layer.
 
+    A kernel whose weights are exactly zero to a tenth or more, or share few values, as `prune` and
+    `cluster` leave them, keeps its zeros and clusters while the new model is trained, also if the
+    model was stripped or comes from a file. With `Int8` each cluster is one integer in the LiteRT file.
+    `strip_pruning` and `strip_clustering` of the new model let go of them.
+
     Args:
         model: A built functional or sequential model. Nested models and shared layers are fine. It
             is not changed, and nothing is shared with it. The layers of Keras are known but for a
