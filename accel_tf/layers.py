@@ -125,22 +125,29 @@ class Operator(keras.layers.Layer):
 
     def run(self, inputs, on_constant=lambda x: x):
         """Returns the operator's result, with `on_constant` applied to each constant argument."""
-        tensors = {self.slot(i): x for i, x in enumerate(keras.tree.flatten(inputs))}
+        args, kwargs = self._filled(dict(enumerate(keras.tree.flatten(inputs))), on_constant)
+        return self.operation(*args, **kwargs)
+
+    def _filled(self, tensors, on_constant=lambda x: x):
+        slots = {self.slot(i): x for i, x in tensors.items()}
 
         def fill(x):
-            return tensors[x] if isinstance(x, str) and x in tensors else on_constant(x)
+            return slots[x] if isinstance(x, str) and x in slots else on_constant(x)
 
-        args, kwargs = keras.tree.map_structure(fill, (self.args, self.kwargs))
-        return self.operation(*args, **kwargs)
+        return keras.tree.map_structure(fill, (self.args, self.kwargs))
 
     def call(self, inputs):
         return self.run(inputs)
 
-    def compute_output_shape(self, input_shape):
-        return self.compute_output_spec(input_shape).shape
-
     def compute_output_spec(self, inputs):
-        return keras.backend.compute_output_spec(self.call, inputs)
+        args, kwargs = self._filled(dict(enumerate(keras.tree.flatten(inputs))))
+        return self.operation.compute_output_spec(*args, **kwargs)
+
+    def compute_output_shape(self, input_shape):
+        one = isinstance(input_shape, tuple) and not isinstance(input_shape[0], tuple | list)
+        shapes = [input_shape] if one else input_shape
+        tensors = [keras.KerasTensor(shape, self.compute_dtype) for shape in shapes]
+        return self.compute_output_spec(tensors).shape
 
     def get_config(self):
         save = keras.saving.serialize_keras_object

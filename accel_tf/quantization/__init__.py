@@ -11,6 +11,7 @@ very grid that the integer runtime will use::
     MovingAverage, … how the ranges of activations are observed                 _observers.py
     MSE, …           those that need a histogram of all values                  _histograms.py
     FakeQuantize     one tensor on its grid: observer and rounding              _fake.py
+    quantization_error   which layers it hurts, and what to leave in float      _error.py
     Quantized…       the layers that replace those of the model                 _layers.py
                      zeros and clusters, kept in training and in the file       _preserve.py
 
@@ -18,6 +19,7 @@ very grid that the integer runtime will use::
 """
 
 from accel_tf.quantization._calibrate import calibrate
+from accel_tf.quantization._error import QuantizationError, quantization_error
 from accel_tf.quantization._fake import FakeQuantize, observing
 from accel_tf.quantization._histograms import MSE, Entropy, Percentile
 from accel_tf.quantization._layers import (
@@ -54,6 +56,7 @@ __all__ = [
     "MovingAverage",
     "Observer",
     "Percentile",
+    "QuantizationError",
     "QuantizedAffine",
     "QuantizedLayer",
     "QuantizedReshape",
@@ -62,5 +65,6 @@ __all__ = [
     "calibrate",
     "fake_quantize_weights",
     "observing",
+    "quantization_error",
     "quantize_aware",
 ]

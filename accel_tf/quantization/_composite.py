@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from accel_tf.quantization import _activations
+from accel_tf.quantization import _activations, _preserve
 from accel_tf.quantization._fake import frozen, is_observing, passes
 from accel_tf.quantization._layers import QuantizedLayer, channel_axes, einsum_dense
 from accel_tf.quantization._weights import round_like_activations
@@ -113,6 +113,7 @@ class QuantizedAttention(QuantizedLayer):
             self.layer.build(query_shape, value_shape, key_shape)
         for quantizer in self.quantizers:
             quantizer.build()
+        _preserve.hold_again(self.layer, self._kept)
         self.built = True
 
     def call(

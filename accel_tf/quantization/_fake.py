@@ -52,9 +52,16 @@ def _enter(mode):
 
 
 @contextlib.contextmanager
+def unrounded():
+    """While it is entered, neither activations nor weights are rounded: the model is a float one."""
+    with _enter("off"):
+        yield
+
+
+@contextlib.contextmanager
 def applying():
     """While it is entered, ranges stay as they are, even while others are observed."""
-    with _enter("apply"):
+    with _enter("off" if is_unrounded() else "apply"):
         yield
 
 
@@ -70,7 +77,12 @@ def frozen() -> bool:
 
 def passes() -> bool:
     """Whether activations pass unrounded now."""
-    return _mode.get() == "float"
+    return _mode.get() in ("float", "off")
+
+
+def is_unrounded() -> bool:
+    """Whether nothing is rounded now, see `unrounded`."""
+    return _mode.get() == "off"
 
 
 @keras.saving.register_keras_serializable(package="accel_tf")
@@ -103,7 +115,9 @@ class FakeQuantize(keras.layers.Layer):
     (0.0, 3.0)
     """
 
-    def __init__(self, bits=8, observer=None, fixed=None, symmetric=False, nonnegative=False, **kwargs):
+    def __init__(
+        self, bits=8, observer=None, fixed=None, symmetric=False, nonnegative=False, **kwargs
+    ):
         super().__init__(**kwargs)
         self.supports_masking = True
         self.bits = bits
@@ -111,6 +125,7 @@ class FakeQuantize(keras.layers.Layer):
         self.fixed = None if fixed is None else tuple(fixed)
         self.symmetric = symmetric
         self.nonnegative = nonnegative
+        self.used = False  # whether anything was to be observed in this process
 
     def build(self, input_shape=None):
         if self.fixed is None:
@@ -143,6 +158,7 @@ class FakeQuantize(keras.layers.Layer):
         elif _mode.get() == "freeze":
             y = self.round(x, *self.range)
         elif is_observing(training):
+            self.used = True
             self.observer.observe(self, x)
             y = self.observer.fake_quantize(self, x)
         else:

@@ -10,7 +10,7 @@ import keras
 import tensorflow as tf
 
 from accel_tf.quantization import _activations, _preserve
-from accel_tf.quantization._fake import FakeQuantize, frozen
+from accel_tf.quantization._fake import FakeQuantize, frozen, is_unrounded
 from accel_tf.quantization._weights import round_like_activations, round_weights
 
 _L = keras.layers
@@ -61,6 +61,7 @@ class QuantizedLayer(keras.layers.Wrapper):
             self.scheme.observer,
             _activations.fixed_range(activation, self.scheme),
             self.scheme.symmetric,
+            nonnegative=activation in ("relu", "relu6"),
             name=name,
             dtype=self.dtype_policy,
         )
@@ -136,6 +137,8 @@ class QuantizedLayer(keras.layers.Wrapper):
     def rounded(self, variable, axes=(-1,)):
         """Returns the values of a weight on its grid, with a scale for each index along `axes`."""
         _preserve.catch_up(variable)
+        if is_unrounded():
+            return variable.value
         if _preserve.clusters_of(variable):
             return _preserve.round_clusters(variable, self, axes)
         if frozen():
@@ -234,7 +237,7 @@ class QuantizedSeparable(QuantizedLayer):
         y = tf.nn.conv2d(self.on_grid(training)("depthwise", y), pointwise, 1, "VALID")
         if layer.use_bias:
             y += tf.cast(layer.bias.value, dtype)
-        return layer.activation(y[:, 0] if row else y)
+        return layer.activation(tf.squeeze(y, 1) if row else y)
 
 
 @keras.saving.register_keras_serializable(package="accel_tf")
@@ -256,6 +259,8 @@ class QuantizedEmbedding(QuantizedLayer):
             rounded = round_like_activations(value, self.scheme)
         else:
             rounded = self.rounded(table, () if self.scheme.group_size is None else (0,))
+        if frozen():  # Keras lets indices be negative, which would be three more operators.
+            return tf.gather(rounded, tf.cast(inputs, tf.int32))
         with keras.StatelessScope(state_mapping=[(table, rounded)]):
             return self.layer(inputs)
 
@@ -297,9 +302,14 @@ class QuantizedAffine(QuantizedLayer):
         channels = inputs.shape[-1]
         dtype = inputs.dtype if inputs.dtype.is_floating else self.compute_dtype
         factor, offset = (
-            tf.cast(tf.broadcast_to(tf.cast(value, tf.float32), (channels,)), dtype)
+            tf.broadcast_to(tf.cast(value, tf.float32), (channels,))
             for value in _affine(self.layer)
         )
+        if frozen():
+            # The converter writes a bias of equal numbers with the scale of the first channel, which
+            # is wrong for the others, so they differ by much less than a step.
+            offset *= 1 + 1e-6 * tf.cast(tf.range(channels) % 2, tf.float32)
+        factor, offset = tf.cast(factor, dtype), tf.cast(offset, dtype)
         shape = inputs.shape[1:]
         x = tf.cast(inputs, dtype)
         x = x if len(shape) == 3 else tf.reshape(x, (-1, 1, 1, channels))
@@ -420,7 +430,7 @@ def _dilated(layer, x, kernel):
         y = tf.nn.conv2d(x, kernel, strides, padding, dilations=rates)
     if layer.use_bias:
         y += tf.cast(layer.bias.value, y.dtype)
-    return layer.activation(y[:, 0] if row else y)
+    return layer.activation(tf.squeeze(y, 1) if row else y)
 
 
 def pad_causal(layer, x):

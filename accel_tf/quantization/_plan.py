@@ -136,8 +136,8 @@ class Plan:
 
     def _plan(self, call, given, graph) -> int | None:
         layer, scheme = call.layer, self.scheme_of(call.layer)
-        if not isinstance(layer, keras.Layer):
-            self.paths.setdefault(id(layer), layer.name)
+        if not isinstance(layer, keras.Layer) and not _has_float(call.outputs):
+            return None  # an index or a mask
         if scheme is None:
             self.steps.setdefault(id(layer), Step(None, why="excluded: stays in float"))
             return None
@@ -160,6 +160,7 @@ class Plan:
         step.quantize_inputs = [
             b != scheme.activation_bits and _wants_grid(t, rule)
             for b, t in zip(given, call.inputs, strict=True)
+            if t.dtype != "bool"  # a mask, which is no input of the layer's
         ]
         if any(step.quantize_inputs) and step.wrapper is None:
             step.wrapper = _layers.QuantizedLayer
@@ -211,6 +212,10 @@ class Plan:
         return rule
 
 
+def _has_float(tensors):
+    return any(keras.backend.is_float_dtype(t.dtype) for t in tensors)
+
+
 def _wants_grid(tensor, rule):
     """Whether a tensor that is on no grid has to be put on one; indices and masks do not."""
     return keras.backend.is_float_dtype(tensor.dtype) or rule.kind == "affine"
@@ -230,6 +235,7 @@ class _Graph:
         self.readers: dict[int, list[graphs.Call]] = {}
         self.writer = {id(t): call for call in self.calls for t in call.outputs}
         for call in self.calls:
+            plan.paths.setdefault(id(call.layer), call.layer.name)  # that of an operator
             self.by_layer.setdefault(id(call.layer), []).append(call)
             for tensor in call.inputs:
                 self.readers.setdefault(id(tensor), []).append(call)

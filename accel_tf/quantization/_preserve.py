@@ -23,8 +23,6 @@ _MOST_CLUSTERS = 256
 _MOST_OF_HALF = 64
 # The convolutions whose kernel takes in a BatchNormalization and still holds the same integers.
 _FOLDING = (_L.Conv2D, _L.DepthwiseConv2D)
-# The axes of a kernel as they come in the file.
-_IN_FILE = {_L.Dense: (1, 0), _L.Conv2D: (3, 0, 1, 2)}
 
 
 def keep(model: keras.Model) -> dict[str, str]:
@@ -152,7 +150,11 @@ def _one_grid(w, variable, wrapper):
         return tf.cast(tf.reshape(y, w.shape), w.dtype)
     # Axes in the order of the file: the converter would move them behind the quantization, and loses
     # the integers on the way if the layer is called twice.
-    order = _IN_FILE.get(type(layer), range(len(x.shape)))
+    order = range(len(x.shape))
+    if type(layer) is _L.Conv2D:
+        order = (3, 0, 1, 2)
+    elif len(order) == 2 and variable.name.endswith("kernel"):
+        order = (1, 0)
     y = tf.transpose(x, order)
     y = tf.quantization.fake_quant_with_min_max_vars(y, -limit, limit, **options)
     return tf.cast(tf.transpose(y, np.argsort(order)), w.dtype)

@@ -28,7 +28,7 @@ class QuantizedRecurrent(QuantizedLayer):
     rounds_weights = True
 
     def inside(self):
-        return {"input_product": None, "state": "tanh", **_STEPS[type(self.layer)].grids}
+        return {"input_product": None, **_STEPS[type(self.layer)].grids}
 
     def compute(self, inputs, training, mask):
         layer, on_grid = self.layer, self.on_grid(training)
@@ -39,11 +39,11 @@ class QuantizedRecurrent(QuantizedLayer):
         step = _STEPS[type(layer)](layer.cell, self.rounded(layer.cell.recurrent_kernel), x.dtype)
         flat = tf.reshape(x, (-1, x.shape[2])) @ kernel + step.input_bias
         product = on_grid("input_product", unflatten(flat, x, 2, (kernel.shape[1],)))
+        if frozen():
+            return self._unrolled(step, product, mask)
         if layer.go_backwards:
             product = tf.reverse(product, [1])
             mask = None if mask is None else tf.reverse(mask, [1])
-        if frozen():
-            return self._unrolled(step, product, mask)
         with applying():
             states = self._loop(step, product, mask, self.on_grid(False))
         if is_observing(training):
@@ -59,10 +59,9 @@ class QuantizedRecurrent(QuantizedLayer):
         length = tf.shape(product)[1] if steps is None else steps
         product = tf.transpose(product, (1, 0, 2))
         mask = None if mask is None else tf.transpose(mask)[..., None]
-        zero = tf.zeros((tf.shape(product)[1], self.layer.units), product.dtype)
         records = [
             tf.TensorArray(product.dtype, length, element_shape=(None, self.layer.units))
-            for _ in range(step.states)
+            for _ in step.states
         ]
 
         def body(t, states, records):
@@ -71,11 +70,12 @@ class QuantizedRecurrent(QuantizedLayer):
                 new = [tf.where(mask[t], a, b) for a, b in zip(new, states, strict=True)]
             return t + 1, new, [r.write(t, s) for r, s in zip(records, new, strict=True)]
 
+        first = step(on_grid, product[0], None)
+        if mask is not None:
+            first = [tf.where(mask[0], s, tf.zeros_like(s)) for s in first]
+        records = [r.write(0, s) for r, s in zip(records, first, strict=True)]
         *_, records = tf.while_loop(
-            lambda t, *_: t < length,
-            body,
-            (0, [zero] * step.states, records),
-            maximum_iterations=length,
+            lambda t, *_: t < length, body, (1, first, records), maximum_iterations=length
         )
         return [tf.transpose(r.stack(), (1, 0, 2)) for r in records]
 
@@ -86,15 +86,24 @@ class QuantizedRecurrent(QuantizedLayer):
                 "in a file of integers the number of steps is fixed. Give the model's input a length."
             )
         on_grid, states, outputs = self.on_grid(False), None, []
-        masks = [None] * product.shape[1] if mask is None else tf.unstack(mask, axis=1)
-        for x, keep in zip(tf.unstack(product, axis=1), masks, strict=True):
+        products = tf.unstack(product, axis=1)
+        masks = [None] * len(products) if mask is None else tf.unstack(mask, axis=1)
+        order = slice(None, None, -1 if self.layer.go_backwards else 1)
+        for x, keep in zip(products[order], masks[order], strict=True):
             new = step(on_grid, x, states)
             if keep is not None:
-                old = states or [tf.zeros((1, self.layer.units), s.dtype) for s in new]
-                new = [tf.where(keep[:, None], a, b) for a, b in zip(new, old, strict=True)]
+                old = states or [self._nothing(name) for name in step.states]
+                chosen = [tf.where(keep[:, None], a, b) for a, b in zip(new, old, strict=True)]
+                # Nothing is left to round; it tells the converter that the grid is the same.
+                new = [on_grid(name, s) for name, s in zip(step.states, chosen, strict=True)]
             states = new
             outputs.append(states[0])
         return tf.stack(outputs, axis=1) if self.layer.return_sequences else outputs[-1]
+
+    def _nothing(self, name):
+        """Returns a state of zeros, once it is rounded to the grid `name`."""
+        # The converter shares equal constants, and then takes them to be on one grid. These differ.
+        return tf.fill((1, self.layer.units), 1e-3 * self.grids[name].scale)
 
 
 class _Step:
@@ -103,7 +112,7 @@ class _Step:
     Called with `states=None` for the first step, when they are zeros and some products vanish.
     """
 
-    states = 1
+    states = ("state",)  # the grids that they are on
     grids: dict[str, str | None] = {}
 
     def __init__(self, cell, recurrent, dtype):
@@ -126,59 +135,60 @@ class _Step:
 
 
 class _LSTM(_Step):
-    states = 2
+    states = ("state", "cell")
     grids = {
-        **dict.fromkeys(("recurrent_product", "gates", "kept", "added", "cell")),
+        **dict.fromkeys(("recurrent_product", "gates", "kept", "added", "cell", "state")),
         **dict.fromkeys(("input_gate", "forget_gate", "output_gate"), "sigmoid"),
         **dict.fromkeys(("candidate", "cell_activation"), "tanh"),
     }
 
     def __call__(self, on_grid, x, states):
-        if states is not None:
-            x = x + on_grid("recurrent_product", self.product(states[0]))
-        i, f, g, o = tf.split(on_grid("gates", x), 4, axis=-1)
-        c = on_grid(
-            "added",
-            on_grid("input_gate", tf.sigmoid(i)) * on_grid("candidate", tf.tanh(g)),
-        )
-        if states is not None:
-            c += on_grid("kept", on_grid("forget_gate", tf.sigmoid(f)) * states[1])
-        c = on_grid("cell", c)
+        units = x.shape[-1] // 4
+        if states is None:  # Nothing to add, and no use for the forget gate.
+            i, g, o = (x[..., n * units : (n + 1) * units] for n in (0, 2, 3))
+        else:
+            x = on_grid("gates", x + on_grid("recurrent_product", self.product(states[0])))
+            i, f, g, o = tf.split(x, 4, axis=-1)
+        added = on_grid("input_gate", tf.sigmoid(i)) * on_grid("candidate", tf.tanh(g))
+        if states is None:
+            c = on_grid("cell", added)
+        else:
+            kept = on_grid("kept", on_grid("forget_gate", tf.sigmoid(f)) * states[1])
+            c = on_grid("cell", kept + on_grid("added", added))
         gate = on_grid("output_gate", tf.sigmoid(o))
         return [on_grid("state", gate * on_grid("cell_activation", tf.tanh(c))), c]
 
 
 class _GRU(_Step):
     grids = {
-        **dict.fromkeys(("recurrent_product", "gates", "reset", "sum", "difference", "kept")),
+        **dict.fromkeys(
+            ("recurrent_product", "gates", "reset", "sum", "difference", "kept", "state")
+        ),
         **dict.fromkeys(("update_gate", "reset_gate"), "sigmoid"),
         "candidate": "tanh",
     }
 
     def __call__(self, on_grid, x, states):
         units = x.shape[-1] // 3
-        # A first state is zero, but its product has a bias.
         h = tf.zeros((1, units), x.dtype) if states is None else states[0]
         recurrent = on_grid("recurrent_product", self.product(h))
-        hh = recurrent[..., 2 * units :]
-        gates = on_grid("gates", x[..., : 2 * units] + recurrent[..., : 2 * units])
-        z, r = tf.split(gates, 2, axis=-1)
+        xg, xh = tf.split(x, (2 * units, units), axis=-1)
+        hg, hh = tf.split(recurrent, (2 * units, units), axis=-1)
+        z, r = tf.split(on_grid("gates", xg + hg), 2, axis=-1)
         z, r = on_grid("update_gate", tf.sigmoid(z)), on_grid("reset_gate", tf.sigmoid(r))
-        candidate = on_grid(
-            "candidate", tf.tanh(on_grid("sum", x[..., 2 * units :] + on_grid("reset", r * hh)))
-        )
+        candidate = on_grid("candidate", tf.tanh(on_grid("sum", xh + on_grid("reset", r * hh))))
         # z·h + (1 − z)·candidate, with one product less.
         difference = on_grid("difference", h - candidate)
         return [on_grid("state", candidate + on_grid("kept", z * difference))]
 
 
 class _SimpleRNN(_Step):
-    grids = {"recurrent_product": None, "sum": None}
+    grids = {"recurrent_product": None, "sum": None, "state": "tanh"}
 
     def __call__(self, on_grid, x, states):
         if states is not None:
-            x = x + on_grid("recurrent_product", self.product(states[0]))
-        return [on_grid("state", tf.tanh(on_grid("sum", x)))]
+            x = on_grid("sum", x + on_grid("recurrent_product", self.product(states[0])))
+        return [on_grid("state", tf.tanh(x))]
 
 
 _STEPS = {_L.LSTM: _LSTM, _L.GRU: _GRU, _L.SimpleRNN: _SimpleRNN}

@@ -181,12 +181,10 @@ def obstacle(layer, inputs) -> str | None:
     if getattr(layer, "data_format", "channels_last") == "channels_first":
         return "the integer kernels are channels_last"
     rank = len(inputs[0].shape)
-    if isinstance(layer, _L.BatchNormalization) and layer.axis not in (-1, rank - 1):
-        return f"it normalizes axis {layer.axis} and not the last one"
-    if isinstance(layer, _L.Normalization) and tuple(layer.axis or ()) not in ((), (rank - 1,)):
-        return f"it normalizes axis {layer.axis} and not the last one"
-    if isinstance(layer, _L.LayerNormalization) and list(layer.axis) not in ([-1], [rank - 1]):
-        return f"it normalizes axis {layer.axis} and not the last one"
+    if isinstance(layer, _L.BatchNormalization | _L.Normalization | _L.LayerNormalization):
+        axes = layer.axis if isinstance(layer.axis, tuple | list) else (layer.axis,)
+        if any(axis is not None and axis % rank != rank - 1 for axis in axes):
+            return f"it normalizes axis {layer.axis} and not the last one"
     if isinstance(layer, _L.Resizing) and (
         layer.crop_to_aspect_ratio or layer.pad_to_aspect_ratio or layer.antialias
     ):
