@@ -186,7 +186,7 @@ def inspect(
         for op in graph.operators:
             name = operator_name(model, op)
             bare = Operator(name, dtypes(graph, op.inputs), dtypes(graph, op.outputs))
-            layer, reason = layer_of(graph, op, known)
+            layer, reason = layer_of(model, graph, op, known)
             why = _why(bare, reason, known) if bare.kind == "float" else ""
             operators.append(bare._replace(layer=layer, why=why))
     main = model.subgraphs[0]
@@ -206,15 +206,26 @@ def _operator_names():
     return {code: name for name, code in vars(schema.BuiltinOperator).items()}
 
 
-def tensor_names(graph, op) -> list[str]:
-    """Returns the names of an operator's tensors: its outputs first, then its inputs."""
-    indices = [i for i in (*op.outputs, *op.inputs) if i >= 0]
-    return [(graph.tensors[i].name or b"").decode() for i in indices]
+def tensor_names(model, graph, op) -> list[str]:
+    """Returns the names of an operator's tensors, those first that tell most about its layer.
+
+    Weights, outputs, then other inputs, the first of which is what the layer before made.
+    """
+
+    def is_weights(index):
+        tensor = graph.tensors[index]
+        data = model.buffers[tensor.buffer].data
+        rank = 0 if tensor.shape is None else len(tensor.shape)
+        return rank > 1 and data is not None and len(data) > 0
+
+    inputs = [index for index in (*op.inputs[1:], *op.inputs[:1]) if index >= 0]
+    weights = [index for index in inputs if is_weights(index)]
+    return [(graph.tensors[i].name or b"").decode() for i in (*weights, *op.outputs, *inputs)]
 
 
-def layer_of(graph, op, known: Mapping[str, Known] | None) -> Known:
+def layer_of(model, graph, op, known: Mapping[str, Known] | None) -> Known:
     """Returns the layer that an operator belongs to, by the names of its tensors."""
-    for name in tensor_names(graph, op):
+    for name in tensor_names(model, graph, op):
         if known is not None:
             if found := nearest(name, known):
                 return known[found]

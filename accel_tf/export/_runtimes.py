@@ -5,7 +5,7 @@ import tensorflow as tf
 from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
 from accel_tf._litert import LiteRTRunner, litert_module, to_floats
-from accel_tf.export._graph import input_names, output_names
+from accel_tf.export._graph import has_graph, input_names, output_names
 from accel_tf.export._onnx import onnx_module
 from accel_tf.export._weights import without_groups
 
@@ -142,7 +142,8 @@ class SavedModel:
     def outputs(self, model, arrays) -> list[np.ndarray]:
         def run(part):
             results = self._run(**self._by_name(model, part))
-            known = [n for n in output_names(model) if n in results] if model.outputs else []
+            known = output_names(model) if has_graph(model) else []
+            known = [name for name in known if name in results]
             names = known if len(known) == len(results) else sorted(results)
             return [results[name].numpy() for name in names]
 

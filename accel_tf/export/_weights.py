@@ -42,7 +42,7 @@ def shrink(content: bytes, schemes: dict, allow_float: bool = False) -> bytes:
         graph.operators = []
         for op in operators:
             for place, index in enumerate(op.inputs):
-                owner = _owner(graph, op, index, schemes)
+                owner = _owner(file.model, graph, op, index, schemes)
                 if owner is None or len(_shape(graph, index)) < 2:
                     continue
                 weights = file.constant(graph, index)
@@ -102,8 +102,8 @@ def _shape(graph, index):
     return () if shape is None else shape
 
 
-def _owner(graph, op, index, schemes):
-    names = [(graph.tensors[index].name or b"").decode(), *tensor_names(graph, op)]
+def _owner(model, graph, op, index, schemes):
+    names = [(graph.tensors[index].name or b"").decode(), *tensor_names(model, graph, op)]
     return next(filter(None, (nearest(name, schemes) for name in names)), None)
 
 
