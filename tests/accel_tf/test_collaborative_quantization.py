@@ -321,6 +321,47 @@ def test_nested_and_shared_models(tmp_path):
     assert len(stored) == 4 and all(np.unique(q).size <= 4 for q in stored)
 
 
+def sequences():
+    x = keras.Input((6, 8), name="x")
+    y = L.Conv1D(8, 3, padding="same", use_bias=False, name="conv")(x)
+    y = L.ReLU()(L.BatchNormalization(name="norm")(y))
+    y = L.LSTM(8, return_sequences=True, name="lstm")(y)
+    y = L.MultiHeadAttention(2, 4, name="attention")(y, y)
+    y = L.EinsumDense("abc,cd->abd", (6, 8), name="einsum")(y)
+    return keras.Model(x, L.Dense(5, name="head")(L.Flatten()(y)))
+
+
+def images():
+    x = keras.Input((8, 8, 4), name="x")
+    y = L.SeparableConv2D(8, 3, padding="same", name="separable")(x)
+    y = L.ReLU()(L.BatchNormalization(name="norm")(y))
+    y = L.Conv2DTranspose(8, 3, padding="same", name="transposed")(y)
+    y = L.ReLU()(L.BatchNormalization(name="transposed_norm")(y))
+    y = L.Conv2D(8, 3, dilation_rate=2, padding="same", name="dilated")(y)
+    y = L.BatchNormalization(name="dilated_norm")(y)
+    return keras.Model(x, L.Dense(5, name="head")(L.GlobalAveragePooling2D()(y)))
+
+
+@pytest.mark.parametrize("make", [sequences, images])
+def test_every_kind_of_layer(make, tmp_path):
+    model = make()
+    at.prune(model, at.ConstantSparsity(0.5), include="*")
+    at.cluster(model, 8, include="*")
+    quantized = at.quantize_aware(model)
+    x = RNG.normal(size=(24, *model.inputs[0].shape[1:])).astype("float32")
+    for _ in range(2):
+        before = [numbers(v) for v in kernels(quantized)]
+        quantized.compile("adam", "mse")
+        quantized.fit(x, Y, batch_size=8, verbose=0)
+        require_kept("C", before, quantized)
+        quantized.save(tmp_path / "q.keras")
+        quantized = keras.models.load_model(tmp_path / "q.keras")
+    file = at.export.litert(quantized, tmp_path / "m.tflite", allow_float=True, batch_size=1)
+    found = {q.size: np.unique(q).size for q in int8_constants(file.path) if q.max() != q.min()}
+    sizes = {v.shape.num_elements() for v in kernels(quantized)}
+    assert sizes <= set(found) and max(found.values()) <= 8
+
+
 def test_stripping_frees_a_quantized_model_also_after_a_reload(tmp_path):
     quantized = at.quantize_aware(compress(cnn(), "PC"))
     at.strip_clustering(quantized)
