@@ -17,7 +17,7 @@
 #
 # :::{admonition} Before you start
 # :class: tip
-# **Time** 12 minutes to read, under a minute to run · **You need** Keras, [](pruning.py), [](quantization_aware.py) · **Modules** {py:mod}`accel_tf.clustering`, {py:mod}`accel_tf.quantization`
+# **Time** 12 minutes to read, under a minute to run · **You need** Keras, [](pruning.py), [](quantization_aware.py) · **Module** {py:mod}`accel_tf.clustering`, with {py:mod}`accel_tf.quantization`
 # :::
 
 # %% tags=["hide-input", "remove-output"]
