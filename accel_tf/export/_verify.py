@@ -36,7 +36,7 @@ class LayerMatch(NamedTuple):
     note: str = ""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Verification:
     """How a file's outputs compare with the model's; prints as text and renders as a table.
 
@@ -73,7 +73,9 @@ class Verification:
     @property
     def table(self) -> report.Table:
         """One row per layer: the tensor that matches it, how well, and a note."""
-        rows = [(m.layer, m.tensor or "–", _decibels(m.sqnr), m.note) for m in self.layers]
+        rows = [
+            (m.layer, m.tensor.split(";")[0] or "–", _decibels(m.sqnr), m.note) for m in self.layers
+        ]
         title = (
             f"{self.path.name} in {self.runtime}: SQNR {_decibels(self.sqnr)} dB, largest "
             f"difference {self.largest_difference:.3g}, same arg-max {self.agreement:.1%}"
@@ -82,6 +84,8 @@ class Verification:
 
     def __str__(self) -> str:
         return str(self.table)
+
+    __repr__ = __str__  # a prompt shows it as print does
 
     def _repr_html_(self) -> str:
         return self.table._repr_html_()
