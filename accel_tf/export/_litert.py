@@ -14,7 +14,7 @@ from accel_tf import report
 from accel_tf._litert import litert_module, quiet
 from accel_tf.export import _weights
 from accel_tf.export._graph import frozen_graph, has_graph, plain, scope, unrolled
-from accel_tf.export._inspect import Known, LiteRTFile, inspect
+from accel_tf.export._inspect import Known, LiteRTFile, inspect, layer_of, operator_name
 from accel_tf.quantization import FakeQuantize, QuantizedLayer
 from accel_tf.quantization._fake import floating, freezing
 from accel_tf.quantization._rules import rule_of
@@ -88,6 +88,7 @@ def litert(
     if plan.weights_only:
         content = _weights.shrink(content, plan.weights_only, allow_float)
     found = inspect(content, path, plan.known)
+    _require_sums(content, plan.known)
     if plan.quantized and not allow_float:
         plan.require_integers(found)
     if sparse and not _weights.sparse_tensors(content):
@@ -230,6 +231,27 @@ def _require_exportable(layer):
             "activations are integers. Quantize the float model with Int8(), or with Int4Weights(), "
             "to export it."
         )
+
+
+def _require_sums(content, known):
+    """Raises a ValueError for a sum that would end the process that runs the file."""
+    schema = litert_module("schema_py_generated")
+    file = schema.ModelT.InitFromObj(schema.Model.GetRootAs(content, 0))
+    for graph in file.subgraphs:
+        for op in graph.operators:
+            if operator_name(file, op) not in ("ADD", "SUB"):
+                continue
+            grids = [graph.tensors[i].quantization for i in (*op.inputs, *op.outputs)]
+            scales = [float(g.scale[0]) for g in grids if g is not None and g.scale is not None]
+            # LiteRT's kernel requires of its multiplier that 2·max(in) / (2²⁰·out) is less than 1.
+            if len(scales) == 3 and 2 * max(scales[:2]) >= 2**20 * scales[2]:
+                raise ValueError(
+                    f"The sum in layer {layer_of(file, graph, op, known).path!r} has a range a "
+                    f"million times smaller than what it adds: steps of {scales[2]:.1e} for inputs "
+                    f"in steps of {max(scales[:2]):.1e}, which LiteRT cannot compute. Such ranges "
+                    "come of activations that vanish, in a model that is not trained or on data "
+                    "that are all 0. No file was written."
+                )
 
 
 def _samples(model, data):

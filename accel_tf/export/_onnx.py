@@ -45,7 +45,8 @@ def onnx(
     A quantized model keeps its numbers: each rounded activation is a pair of QuantizeLinear and
     DequantizeLinear, each rounded weight is stored as int8 with a DequantizeLinear per channel
     (4-bit weights too), or as float16. Runtimes compute such pairs in integers where they can.
-    Weights in groups are stored as float32, as this opset knows no groups.
+    Weights in groups are stored as float32, as this opset knows no groups, and so is the table of
+    an int8 embedding, whose grid is that of an activation.
 
     Args:
         model: A functional or sequential Keras model. float16 computation is exported as float32.

@@ -231,3 +231,16 @@ def test_the_grid_is_read_off_the_weights(axis, group):
     np.testing.assert_array_equal(grid.integers, expected)
     off = weights + 0.3 * np.abs(weights).max() * rng.random(weights.shape).astype("float32")
     assert _grid.find(off, 4, group, axes) is None
+
+
+def test_a_sum_that_would_end_the_process_is_an_error(tmp_path):
+    x = keras.Input((4, 4, 2))
+    conv = L.Conv2D(2, 1, name="vanishing")
+    model = keras.Model(x, L.Add(name="sum")([x, conv(x)]))
+    quantized = at.calibrate(model, np.ones((4, 4, 4, 2), "float32"), verbose=0)
+    quantizer = quantized.get_layer("sum").output_quantizer
+    quantizer.low.assign(-1e-8)  # As observed on activations that vanished.
+    quantizer.high.assign(1e-8)
+    with pytest.raises(ValueError, match="sum in layer 'sum' has a range a million times smaller"):
+        at.export.litert(quantized, tmp_path / "m.tflite")
+    assert not (tmp_path / "m.tflite").exists()
