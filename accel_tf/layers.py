@@ -60,8 +60,8 @@ def calls(model: keras.Model) -> list[Call]:
     if not isinstance(graph, Functional):
         raise ValueError(
             f"Model {model.name!r} ({type(model).__name__}) is subclassed: it has no graph of "
-            "layers to follow. Write it as a functional or sequential model, or apply the "
-            "technique to the functional models inside it."
+            "layers to follow. Make it one that has, with accel_tf.layers.functional(model, x), or "
+            "apply the technique to the functional models inside it."
         )
     return [
         Call(node.operation, tuple(node.input_tensors), tuple(node.outputs))
@@ -320,3 +320,118 @@ def _enter_by(model, entries):
     return keras.models.clone_model(
         model, input_tensors=starts, clone_function=lambda layer: layer, call_function=call
     )
+
+
+def functional(model: keras.Model, inputs) -> keras.Model:
+    """Returns a functional model of what a subclassed one computes, which shares its layers.
+
+    Args:
+        model: A model whose `call` is made of layers and `keras.ops`.
+        inputs: An example of what it is called with, an array (n, …) or a structure of arrays. Only
+            their types, and their shapes but for n, matter.
+
+    Raises:
+        ValueError: `call` uses something else, which has no graph.
+
+    Example:
+
+    >>> import numpy as np
+    >>> class Own(keras.Model):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.dense = keras.layers.Dense(2)
+    ...     def call(self, x):
+    ...         return self.dense(x) + 1.0
+    >>> [type(c.layer).__name__ for c in calls(functional(Own(), np.zeros((1, 3), "float32")))]
+    ['InputLayer', 'Dense', 'Add']
+    """
+
+    def symbolic(x):
+        x = keras.ops.convert_to_tensor(x)
+        return keras.Input(x.shape[1:], dtype=x.dtype)
+
+    tensors = keras.tree.map_structure(symbolic, inputs)
+    try:
+        return keras.Model(tensors, model.call(tensors), name=model.name)
+    except Exception as error:
+        raise ValueError(
+            f"Model {model.name!r} ({type(model).__name__}) has no graph: its call uses more than "
+            f"layers and keras.ops, which works on numbers only. {type(error).__name__}: {error}"
+        ) from error
+
+
+def expand(
+    model: keras.Model, graph_of: Callable[[str, keras.Layer], Callable | None]
+) -> keras.Model:
+    """Returns `model` with some custom layers replaced by nested models of the layers in them.
+
+    The graph of such a layer is found by calling a function on symbolic tensors, so that has to be
+    made of layers and `keras.ops`. Nothing is copied: the layers are those of `model`. What cannot
+    be expanded, because it uses something else or weights of its own, stays as it is.
+
+    Args:
+        model: A built functional or sequential model.
+        graph_of: Called with the path of each layer that is no model, and the layer; returns the
+            function that the layer computes, such as its `call`, or `None` to keep the layer.
+
+    Returns:
+        A new model of the same class, name and weights; `model` itself if there is nothing to do.
+    """
+    paths = {id(layer): path for path, layer in walk(model)}
+    made: dict[int, keras.Layer] = {}
+
+    def clone(layer):
+        if id(layer) not in made:
+            made[id(layer)] = expanded(layer)
+        return made[id(layer)]
+
+    def expanded(layer):
+        graph = layer
+        if not isinstance(layer, (keras.Sequential, Functional)):
+            path = paths.get(id(layer))
+            function = path and graph_of(path, layer)
+            graph = function and _traced(layer, function)
+        if not graph:
+            return layer
+        return expand(graph, lambda path, below: graph_of(paths.get(id(below), path), below))
+
+    def call(layer, *args, **kwargs):
+        if id(layer) in graphs:  # It has its other arguments.
+            given = keras.tree.flatten((args, kwargs))
+            tensors = [x for x in given if isinstance(x, keras.KerasTensor)]
+            return layer(tensors[0] if len(tensors) == 1 else tensors)
+        return layer(*args, **kwargs)
+
+    layers = [c.layer for c in calls(model)]
+    graphs = {id(clone(layer)) for layer in layers if clone(layer) is not layer}
+    if not graphs:
+        return model
+    if isinstance(model, keras.Sequential):
+        return keras.models.clone_model(model, clone_function=clone)
+    return keras.models.clone_model(model, clone_function=clone, call_function=call)
+
+
+def _traced(layer, function) -> keras.Model | None:
+    """Returns a functional model of what a layer computes, or `None` if it has no graph."""
+    arguments = layer._inbound_nodes[0].arguments
+    inputs = {}
+
+    def fresh(x):
+        if not isinstance(x, keras.KerasTensor):
+            return x
+        inputs.setdefault(id(x), keras.Input(batch_shape=x.shape, dtype=x.dtype))
+        return inputs[id(x)]
+
+    args, kwargs = keras.tree.map_structure(fresh, (arguments.args, arguments.kwargs))
+    tensors = list(inputs.values())
+    try:
+        outputs = function(*args, **kwargs)
+        graph = keras.Model(tensors[0] if len(tensors) == 1 else tensors, outputs, name=layer.name)
+    except Exception:  # whatever a function does with a symbolic tensor
+        return None
+    nodes = [node for each in graph._nodes_by_depth.values() for node in each]
+    leaves = [
+        x for node in nodes for x in keras.tree.flatten(tuple(node.arguments._flat_arguments))
+    ]
+    # A weight among the arguments is no layer's, so it would be lost with the layer.
+    return None if any(isinstance(x, keras.Variable) for x in leaves) else graph

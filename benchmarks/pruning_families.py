@@ -10,50 +10,18 @@ is timed, so both sides run at once, in processes of their own: TFMOT makes tf.k
 """
 
 import importlib.metadata
-import multiprocessing
-import re
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import _common as common
 import keras
 import numpy as np
+from _families import BATCH, CLASSES, QUICK, SHAPE, batch, families, reason, start, worker
 
 import accel_tf as at
 from accel_tf.report import Table
 
 SPARSITY = 0.5
-SHAPE, CLASSES, BATCH = (96, 96, 3), 10, 4  # InceptionV3 wants 75 pixels, the others less
-# Where the smallest member is not the one that comes first when sorted by name and number.
-SMALLEST = {
-    "convnext": "ConvNeXtTiny",
-    "mobilenet_v3": "MobileNetV3Small",
-    "nasnet": "NASNetMobile",
-}
-QUICK = ("mobilenet", "mobilenet_v2", "vgg16")
 BOOK = Path(__file__).parent.parent / "book" / "_data" / "pruning_families.json"
-
-
-def families(applications) -> dict[str, str]:
-    """Returns the smallest member of each family, a module of `applications` that builds models."""
-
-    def by_number(name):
-        return [int(s) if s.isdigit() else s for s in re.split(r"(\d+)", name)]
-
-    members: dict[str, list[str]] = {}
-    for name, build in vars(applications).items():
-        if name[0].isupper() and callable(build):
-            members.setdefault(build.__module__.rpartition(".")[2], []).append(name)
-    return {
-        family: SMALLEST.get(family, min(members[family], key=by_number))
-        for family in sorted(members)
-    }
-
-
-def batch() -> tuple[np.ndarray, np.ndarray]:
-    rng = np.random.default_rng(0)
-    x = rng.uniform(0, 1, (BATCH, *SHAPE)).astype("float32")
-    return x, rng.integers(0, CLASSES, BATCH)
 
 
 def result(kernels: list[tuple[int, int]], loss: float) -> dict:
@@ -101,14 +69,6 @@ def theirs(member: str) -> dict:
     return result(counts, history.history["loss"][0])
 
 
-def reason(error: Exception) -> str:
-    """Returns the first sentence of an error, and the class that TFMOT names at its end."""
-    text = " ".join(str(error).split())
-    passed = re.search(r"You passed: <class '(?:.*\.)?(\w+)'>", text)
-    first = f"{type(error).__name__}: {re.split(r'(?<=[.:!?]) ', text)[0]}"
-    return f"{first} You passed: {passed[1]}" if passed else first
-
-
 def describe(outcome: dict) -> str:
     """Says in a word or two what became of a model."""
     if "refusal" in outcome:
@@ -144,19 +104,6 @@ def summary(rows: list[dict]) -> str:
         f"TFMOT: {pruned} of the {len(there)} of tf_keras.\n"
         "Where TFMOT is not exact, it keeps more weights: all that are equal to the smallest that stays."
     )
-
-
-def worker() -> ProcessPoolExecutor:
-    """Returns a process that gives its memory back after a few models."""
-    spawn = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=4)
-
-
-def start(process: ProcessPoolExecutor, run, members: dict, family: str, absent: str):
-    """Lets a process run a family's member; returns a function that waits for the outcome."""
-    if family not in members:
-        return lambda: {"absent": absent}
-    return process.submit(run, members[family]).result
 
 
 def main() -> None:

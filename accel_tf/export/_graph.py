@@ -11,6 +11,7 @@ from tensorflow.python.framework.convert_to_constants import convert_variables_t
 
 from accel_tf import layers as graphs
 from accel_tf.quantization import QuantizedLayer
+from accel_tf.quantization._checks import require_finite
 
 
 def frozen_graph(model, batch_size: int | None = None):
@@ -26,6 +27,10 @@ def frozen_graph(model, batch_size: int | None = None):
         tf.TensorSpec((batch_size or t.shape[0], *t.shape[1:]), t.dtype, name=t.name)
         for t in model.inputs
     ]
+
+    for path, layer in graphs.walk(model):
+        if isinstance(layer, QuantizedLayer):
+            require_finite(layer.layer, path)
 
     def forward(*tensors):
         single = isinstance(model, keras.Sequential)

@@ -5,15 +5,18 @@ from collections.abc import Sequence
 import keras
 import tensorflow as tf
 
-from accel_tf.quantization._fake import observing
+from accel_tf.layers import walk
+from accel_tf.quantization._checks import require_ranges
+from accel_tf.quantization._fake import FakeQuantize, observing
+from accel_tf.quantization._histograms import MSE
 from accel_tf.quantization._rewrite import rewrite
-from accel_tf.quantization._schemes import Int8
+from accel_tf.quantization._schemes import Int8, Mixed, Scheme
 
 
 def calibrate(
     model: keras.Model,
     data,
-    scheme: Int8 | None = None,
+    scheme: Scheme | Mixed | None = None,
     *,
     exclude: Sequence[str] = (),
     batch_size: int = 32,
@@ -29,7 +32,8 @@ def calibrate(
         data: Inputs without labels: an array (n, …), or a list or dict of arrays for several
             inputs; or a `tf.data.Dataset` or other finite iterable of batches, where a batch may
             also be a tuple `(x, y)` or `(x, y, sample_weight)`, of which x is used.
-        scheme: The number format; `Int8()` if not given.
+        scheme: The number format; `Int8()` if not given. Ranges are found by its observer; if it has
+            none, by `MSE()`, and the model goes on from there with `MovingAverage()` if it is trained.
         exclude: Paths of layers to leave in float, as for `quantize_aware`.
         batch_size: How many inputs of an array to run at a time.
         verbose: 1 for a progress bar, 0 for silence.
@@ -38,7 +42,8 @@ def calibrate(
         A new model of the same class, not compiled.
 
     Raises:
-        ValueError: As `quantize_aware`, or `data` has no batch, or has NaN or infinite values.
+        ValueError: As `quantize_aware`; `data` has no batch or an empty one, or has NaN or infinite
+            values; or a layer's values are such that there is no grid for them.
 
     Example:
 
@@ -54,7 +59,10 @@ def calibrate(
         Krishnamoorthi, "Quantizing deep convolutional networks for efficient inference",
         arXiv:1806.08342, section 3.
     """
-    quantized = rewrite(model, scheme or Int8(), exclude, "calibrate")
+    scheme = scheme or Int8()
+    if not isinstance(scheme, Scheme | Mixed):
+        raise ValueError(f"calibrate expects a scheme such as Int8(), received {scheme!r}.")
+    quantized = rewrite(model, scheme.with_default(MSE()), exclude, "calibrate")
     batches = _batches(data, batch_size)
     try:
         total = len(batches)
@@ -67,16 +75,23 @@ def calibrate(
         finite = [tf.reduce_all(tf.math.is_finite(tf.cast(t, tf.float32))) for t in tensors]
         return tf.reduce_all(tf.stack(finite))
 
-    step, traced = 0, None
+    step, traced = 0, {}
     with observing():
         for step, batch in enumerate(batches, start=1):
             is_pair = isinstance(batch, tuple)
             structure = keras.utils.unpack_x_y_sample_weight(batch)[0] if is_pair else batch
             tensors = [tf.convert_to_tensor(x) for x in tf.nest.flatten(structure)]
-            if traced is None:  # Once for all batches, the last and smaller one included.
-                specs = [tf.TensorSpec((None, *x.shape[1:]), x.dtype) for x in tensors]
-                traced = tf.function(observe, autograph=False).get_concrete_function(*specs)
-            if not traced(*tensors):
+            if not all(len(x) for x in tensors):
+                raise ValueError(
+                    f"Batch {step - 1} of the calibration data is empty: its shape is "
+                    f"{', '.join(str(tuple(x.shape)) for x in tensors)}. Leave such batches out."
+                )
+            # Once for all batches, the last and smaller one included, unless images vary in size.
+            specs = tuple(tf.TensorSpec((None, *x.shape[1:]), x.dtype) for x in tensors)
+            if specs not in traced:
+                function = tf.function(observe, autograph=False)
+                traced[specs] = function.get_concrete_function(*specs)
+            if not traced[specs](*tensors):
                 raise ValueError(
                     f"Batch {step - 1} of the calibration data has NaN or infinite values, from "
                     "which no range can be taken. Remove those inputs."
@@ -87,7 +102,19 @@ def calibrate(
             "calibrate needs at least one batch of data; received none. An iterator that was read "
             "before is empty: pass the data anew."
         )
-    return quantized
+    require_ranges(quantized)
+    if scheme == scheme.with_default(MSE()):
+        return quantized
+    # The same model without the histograms, which would slow down its training and fill its file.
+    result = rewrite(model, scheme, exclude, "calibrate")
+    for (_, found), (_, layer) in zip(walk(quantized), walk(result), strict=True):
+        if not isinstance(layer, FakeQuantize) or layer.fixed is not None:
+            continue
+        if layer.observer == found.observer:
+            layer.set_weights(found.get_weights())
+        elif found.observer.seen(found):
+            layer.observer.start(layer, *found.observer.range(found))
+    return result
 
 
 def _batches(data, batch_size):

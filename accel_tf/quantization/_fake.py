@@ -7,11 +7,15 @@ range that is observed, so they are rounded by a layer that keeps it.
 import contextlib
 import contextvars
 import functools
+import math
 
 import keras
 import tensorflow as tf
 
 from accel_tf.quantization._observers import MovingAverage
+
+# Below, a step would be so small that biases do not fit into 32 bits of it; above, sums overflow.
+_NARROWEST, _WIDEST = 1e-9, 1e30
 
 # How every FakeQuantize layer behaves while a verb runs; "" follows `training`.
 _mode: contextvars.ContextVar[str] = contextvars.ContextVar("accel_tf_fake_quantize", default="")
@@ -195,17 +199,29 @@ class FakeQuantize(keras.layers.Layer):
         """The frozen range as Python floats, 0 included.
 
         Raises:
-            ValueError: No data has been seen yet.
+            ValueError: No data has been seen yet, or the values are so large or so small that
+                there is no grid for them.
         """
         if self.fixed is not None:
             return self.fixed
         with tf.init_scope():  # Also while a graph is traced, the numbers are wanted.
             if self.built and self.observer.seen(self):
+                self._check(*map(float, self.observer.range(self)))
                 low, high = self.limits()
                 return float(low), float(high)
         raise ValueError(
             f"The range of {self.path or self.name!r} is unknown: no data has been seen. "
             "Train the model with fit, or make it with calibrate, first."
+        )
+
+    def _check(self, low, high):
+        size = max(abs(low), abs(high))
+        if math.isfinite(size) and (size == 0 or _NARROWEST < size < _WIDEST):
+            return
+        raise ValueError(
+            f"The range of {self.path or self.name!r} is [{low:.3g}, {high:.3g}], for which there is "
+            f"no grid: values have to reach {_NARROWEST:g} and stay below {_WIDEST:g}. "
+            "Scale the data, or look for a layer before it that diverges."
         )
 
     @property
@@ -227,7 +243,7 @@ class FakeQuantize(keras.layers.Layer):
         """Returns the ends of the grid for the range of an observer, tensors of any shape."""
         low, high = tf.minimum(low, 0.0), tf.maximum(high, 0.0)
         # A tensor that is always 0 has no scale; any will do.
-        high = tf.where(high - low > 1e-9, high, low + 1.0)
+        high = tf.where(high - low > _NARROWEST, high, low + 1.0)
         if self.symmetric:
             high = tf.maximum(high, -low)
             low = -high

@@ -93,6 +93,11 @@ class MovingAverage(Observer):
         for state, new in ((layer.low, low), (layer.high, high), (layer.weight, 1.0)):
             state.assign(state.value + rate * (tf.where(valid, new, 0.0) - state.value))
 
+    def start(self, layer, low, high) -> None:
+        """Begins with a range that was found otherwise, as if it were that of all batches so far."""
+        for state, value in ((layer.low, low), (layer.high, high), (layer.weight, 1.0)):
+            state.assign(value)
+
     def range(self, layer):
         weight = tf.maximum(layer.weight.value, 1e-12)  # the total weight of all that was seen
         return layer.low.value / weight, layer.high.value / weight

@@ -67,8 +67,7 @@ class Plan:
 
     Args:
         model: The model to rewrite.
-        scheme: A scheme for all of it, or a `Mixed`.
-        exclude: Patterns of paths to leave in float.
+        scheme_at: A function from the path of a layer to its scheme, or to `None` for float.
 
     Attributes:
         paths: The path of each layer and operator, by id.
@@ -76,39 +75,22 @@ class Plan:
         input_schemes: For each input of the model the scheme to quantize it with, or `None`.
     """
 
-    def __init__(self, model, scheme, exclude):
+    def __init__(self, model, scheme_at):
         self.paths = {
             id(layer): path
             for path, layer in graphs.walk(model)
             if not isinstance(layer, _L.InputLayer)
         }
-        self._schemes = self._schemes_of(scheme, exclude)
-        self._default = scheme.default if isinstance(scheme, Mixed) else scheme
+        self._scheme_at = scheme_at
         self.steps: dict[int, Step] = {}
         graph = _Graph(model, self)
         self.input_schemes = [self._scheme_of_input(tensor, graph) for tensor in model.inputs]
         bits = [s and s.activation_bits for s in self.input_schemes]
         self._follow(model, bits)
 
-    def _schemes_of(self, scheme, exclude):
-        if isinstance(exclude, str):
-            raise ValueError(f"exclude expects a list of paths, received the string {exclude!r}.")
-        mixed = scheme if isinstance(scheme, Mixed) else Mixed({}, scheme)
-        for what, patterns in (("exclude=", exclude), ("Mixed: ", mixed.schemes)):
-            for pattern in patterns:
-                if not any(matches(path, pattern) for path in self.paths.values()):
-                    raise ValueError(
-                        f"{what}{pattern!r} matches no layer. There are "
-                        f"{report.shorten(self.paths.values())}."
-                    )
-        return {
-            key: None if any(matches(path, p) for p in exclude) else mixed.of(path)
-            for key, path in self.paths.items()
-        }
-
     def scheme_of(self, layer) -> Scheme | None:
-        """Returns the scheme of a layer, `None` if it stays in float; operators have the default."""
-        return self._schemes.get(id(layer), self._default)
+        """Returns the scheme of a layer or operator, `None` if it stays in float."""
+        return self._scheme_at(self.paths[id(layer)])
 
     def _scheme_of_input(self, tensor, graph):
         """Observed once, however many layers read it: the file has one grid for each input."""
@@ -197,9 +179,11 @@ class Plan:
         path = self.paths[id(layer)]
         rule = rule_of(layer)
         if rule is None and not isinstance(layer, keras.Layer):
+            inside, _, _ = path.rpartition("/")
+            out = f"exclude=[{inside!r}]" if inside else "a layer of your own that you exclude"
             raise ValueError(
-                f"Cannot quantize the operator {kind!r} ({path}) between layers: there is no "
-                "integer form of it here. Put it into a layer of your own and exclude that."
+                f"Cannot quantize the operator {kind!r} ({path}): there is no integer form of it "
+                f"here. Leave it in float with {out}."
             )
         out = f"Leave it in float with exclude=[{path!r}]"
         if rule is None:
@@ -210,6 +194,27 @@ class Plan:
         if reason := obstacle(layer, call.inputs):
             raise ValueError(f"Cannot quantize layer {path!r} ({kind}): {reason}. {out}.")
         return rule
+
+
+def schemes_by_path(scheme, exclude, paths):
+    """Returns a function from the path of a layer to its scheme, `None` if it stays in float.
+
+    Args:
+        scheme: A scheme for all layers, or a `Mixed`.
+        exclude: Patterns of paths to leave in float.
+        paths: All paths that there are; a pattern has to match one.
+    """
+    if isinstance(exclude, str):
+        raise ValueError(f"exclude expects a list of paths, received the string {exclude!r}.")
+    paths = list(paths)
+    mixed = scheme if isinstance(scheme, Mixed) else Mixed({}, scheme)
+    for what, patterns in (("exclude=", exclude), ("Mixed: ", mixed.schemes)):
+        for pattern in patterns:
+            if not any(matches(path, pattern) for path in paths):
+                raise ValueError(
+                    f"{what}{pattern!r} matches no layer. There are {report.shorten(paths)}."
+                )
+    return lambda path: None if any(matches(path, p) for p in exclude) else mixed.of(path)
 
 
 def _has_float(tensors):
@@ -230,12 +235,14 @@ class _Graph:
     def __init__(self, model, plan):
         self.calls = graphs.calls(model)
         self.plan = plan
+        prefix = f"{plan.paths[id(model)]}/" if id(model) in plan.paths else ""
         self.outputs = {id(t) for t in model.outputs}
         self.by_layer: dict[int, list[graphs.Call]] = {}
         self.readers: dict[int, list[graphs.Call]] = {}
         self.writer = {id(t): call for call in self.calls for t in call.outputs}
         for call in self.calls:
-            plan.paths.setdefault(id(call.layer), call.layer.name)  # that of an operator
+            # An operator has none in the model, nor has an input.
+            plan.paths.setdefault(id(call.layer), f"{prefix}{call.layer.name}")
             self.by_layer.setdefault(id(call.layer), []).append(call)
             for tensor in call.inputs:
                 self.readers.setdefault(id(tensor), []).append(call)

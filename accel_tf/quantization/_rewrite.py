@@ -7,8 +7,10 @@ import keras
 from accel_tf import layers as graphs
 from accel_tf import report
 from accel_tf.quantization import _preserve
+from accel_tf.quantization._checks import require_finite
 from accel_tf.quantization._fake import FakeQuantize
-from accel_tf.quantization._plan import Plan
+from accel_tf.quantization._plan import Plan, schemes_by_path
+from accel_tf.quantization._rules import graph_of, rule_of
 from accel_tf.quantization._schemes import Int8, Mixed, Scheme
 
 
@@ -75,13 +77,23 @@ def rewrite(model, scheme, exclude, verb) -> keras.Model:
             f"Model {model.name!r} is quantized already ({report.shorten(quantized, 2)}). "
             f"Give {verb} the float model that it was made from."
         )
-    plan = Plan(model, scheme, exclude)
+    layers = graphs.walk(model)
+    paths = [path for path, v in layers if not isinstance(v, keras.layers.InputLayer)]
+    scheme_at = schemes_by_path(scheme, exclude, paths)
+
+    def graph(path, layer):
+        return None if rule_of(layer) or scheme_at(path) is None else graph_of(layer)
+
+    model = graphs.expand(model, graph)
+    plan = Plan(model, scheme_at)
     made = []
 
     def replace(path, layer):
         step = plan.steps.get(id(layer))
         if step is None or step.wrapper is None:
             return None
+        if isinstance(layer, keras.Layer):
+            require_finite(layer, path)
         new = step.wrap(layer)
         made.append((layer, new))
         return new

@@ -1,5 +1,6 @@
 """Which layers are quantized how: one rule for each type of layer and each operator between layers."""
 
+import functools
 from typing import NamedTuple
 
 import keras
@@ -144,6 +145,7 @@ RULES: dict[type, Rule] = {
             numpy_ops.Squeeze,
             numpy_ops.ExpandDims,
             numpy_ops.GetItem,
+            numpy_ops.Take,
         ],
         Rule("grid"),
     ),
@@ -166,6 +168,29 @@ RULES: dict[type, Rule] = {
 def rule_of(layer) -> Rule | None:
     """Returns the rule for a layer or operator, `None` if there is none."""
     return RULES.get(type(layer))
+
+
+def graph_of(layer):
+    """Returns what a layer without a rule computes, as a function of layers and operators.
+
+    For a custom layer that is its `call`.
+    """
+    if isinstance(layer, _L.Bidirectional):
+        return functools.partial(_both_ways, layer)
+    if isinstance(layer, _L.TimeDistributed) and isinstance(layer.layer, _L.Dense):
+        return lambda x, **_: layer.layer(x)  # which works on the last axis anyway
+    return layer.call
+
+
+def _both_ways(layer, x, **_):
+    ahead, back = layer.forward_layer(x), layer.backward_layer(x)
+    if layer.return_sequences:
+        back = keras.ops.take(back, list(reversed(range(x.shape[1]))), axis=1)
+    if layer.merge_mode == "concat":
+        return _L.Concatenate(name="merge")([ahead, back])
+    if layer.merge_mode == "sum":
+        return _L.Add(name="merge")([ahead, back])
+    raise ValueError(f"merge_mode={layer.merge_mode!r} has no integer form.")
 
 
 def obstacle(layer, inputs) -> str | None:

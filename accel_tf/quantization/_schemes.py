@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import keras
 
-from accel_tf.quantization._observers import MovingAverage, Observer
+from accel_tf.quantization._observers import Observer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +35,12 @@ class Scheme:
             for name, v in config.items()
         }
 
+    def with_default(self, observer: Observer) -> "Scheme":
+        """Returns the scheme with that observer, unless it has one or has none to choose."""
+        if getattr(self, "observer", observer) is None:
+            return dataclasses.replace(self, observer=observer)
+        return self
+
     @classmethod
     def from_config(cls, config: dict) -> "Scheme":
         """Returns the scheme that `get_config` described."""
@@ -49,10 +55,10 @@ def _object(value):
 class _Activations(Scheme):
     """A scheme whose activations are integers, of ranges that are observed."""
 
-    observer: Observer = MovingAverage()
+    observer: Observer | None = None
 
     def __post_init__(self):
-        if not isinstance(self.observer, Observer):
+        if not isinstance(self.observer, Observer | None):
             raise ValueError(
                 f"{type(self).__name__} expects an observer such as MovingAverage(), received "
                 f"{self.observer!r}."
@@ -68,8 +74,10 @@ class Int8(_Activations):
     are asymmetric with one scale and zero point per tensor, integers in [−128, 127].
 
     Args:
-        observer: How the range of an activation is found: `MovingAverage()` if not given, or
-            another from `accel_tf.quantization`, such as `MinMax`, `Percentile` or `Learned`.
+        observer: How the range of an activation is found: `MovingAverage()`, `MinMax()`,
+            `Percentile()`, `MSE()`, `Entropy()` or `Learned()` from `accel_tf.quantization`. By
+            default `calibrate` takes the range of the least squared error, and training the moving
+            average, from there on if the model was calibrated.
 
     Raises:
         ValueError: `observer` is none.
@@ -78,7 +86,7 @@ class Int8(_Activations):
 
     >>> import accel_tf as at
     >>> at.Int8()
-    Int8(observer=MovingAverage(momentum=0.99))
+    Int8(observer=None)
 
     Reference:
         Jacob et al., CVPR 2018, section 3.1; LiteRT 8-bit quantization specification.
@@ -204,6 +212,11 @@ class Mixed:
                     f"Mixed expects a scheme such as Int8(), or None for float, for {name!r}; "
                     f"received {scheme!r}."
                 )
+
+    def with_default(self, observer: Observer) -> "Mixed":
+        """Returns the same with that observer, for those of the schemes that have chosen none."""
+        schemes = {name: s and s.with_default(observer) for name, s in self.schemes.items()}
+        return Mixed(schemes, self.default and self.default.with_default(observer))
 
     def of(self, path: str) -> Scheme | None:
         """Returns the scheme of the layer at `path`, or `None` if it stays in float."""

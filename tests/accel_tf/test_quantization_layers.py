@@ -54,6 +54,11 @@ SEQUENCES = {
     "gelu": [L.Dense(8, activation="gelu"), L.Dense(5, activation="exponential"), L.Dense(3)],
     "lstm": [L.LSTM(8, return_sequences=True), L.LSTM(8, dropout=0.1), L.Dense(3)],
     "gru": [L.GRU(8, go_backwards=True, bias_initializer="random_uniform"), L.Dense(3)],
+    "both ways": [
+        L.Bidirectional(L.LSTM(4, return_sequences=True)),
+        L.TimeDistributed(L.Dense(4)),
+        L.Bidirectional(L.GRU(4), merge_mode="sum"),
+    ],
     "rnn": [L.SimpleRNN(8, go_backwards=True), L.Dense(3)],
 }
 CASES = [
@@ -167,7 +172,7 @@ def test_the_loop_over_time_computes_what_keras_does():
     """Before any range is known, only the weights are rounded."""
     for kind in (L.LSTM, L.GRU, L.SimpleRNN):
         model = stack((7, 4), L.Masking(), kind(5, return_sequences=True, go_backwards=True))
-        with pytest.raises(ValueError, match="no integer form of Masking"):
+        with pytest.raises(ValueError, match=r"'Where' \(masking\w*/where\w*\).*exclude="):
             at.quantize_aware(model)
         quantized = at.quantize_aware(model, exclude=["masking*"])
         x = np.random.normal(size=(3, 7, 4)).astype("float32")
@@ -200,3 +205,68 @@ def test_layers_without_an_integer_kernel_stay_in_float_and_say_so():
     skipped = dict(at.report_of(quantized).skipped)
     assert "no int8 kernel for Conv3D" in skipped["volume"]
     assert type(quantized.get_layer("volume")) is L.Conv3D
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class Block(L.Layer):
+    """An encoder block as tutorials write it: a layer of layers."""
+
+    def __init__(self, name=None, **options):
+        super().__init__(name=name, **options)
+        self.attention = L.MultiHeadAttention(2, 8, name="attention")
+        self.expand = L.Dense(32, activation="relu", name="expand")
+        self.shrink = L.Dense(16, name="shrink")
+        self.norm = L.LayerNormalization(name="norm")
+        self.dropout = L.Dropout(0.1)
+
+    def call(self, x, training=None):
+        y = x + self.dropout(self.attention(x, x), training=training)
+        return self.norm(y + self.shrink(self.expand(y)))
+
+
+class Own(keras.Model):
+    """A subclassed model with a nested one, and a layer that is used twice."""
+
+    def __init__(self):
+        super().__init__(name="own")
+        self.embed = L.Embedding(30, 16)
+        self.block = Block(name="block")
+        self.heads = stack((16,), L.Dense(8, activation="relu"), L.Dense(4))
+        self.both = L.Bidirectional(L.GRU(8), name="both")
+
+    def call(self, tokens):
+        x = self.block(self.block(self.embed(tokens)))
+        return self.heads(self.both(x))
+
+
+def test_layers_of_layers_are_taken_apart(tmp_path):
+    x = keras.Input((10, 16))
+    y = Block(name="second")(Block(name="first")(x))
+    model = keras.Model(x, L.Dense(4)(L.GlobalAveragePooling1D()(y)))
+    data = data_for(model)
+    quantized = at.calibrate(model, data, verbose=0)
+    notes = dict(at.report_of(quantized).done)
+    assert "weights int8 per channel" in notes["first/attention"]
+    assert "first/shrink" in notes and "second/expand" in notes
+    assert sqnr(model(data), quantized(data)) > 20
+    at.export.litert(quantized, tmp_path / "model.tflite")
+    real = at.export.run_litert(tmp_path / "model.tflite", data)
+    assert sqnr(quantized.predict(data, verbose=0), real) > 20
+    left = at.quantize_aware(model, exclude=["first"])
+    assert type(left.get_layer("first")) is Block
+    mixed = at.quantize_aware(model, at.Mixed({"second": at.Int8Weights(), "first/norm": None}))
+    notes = dict(at.report_of(mixed).skipped)
+    assert notes["first/norm"] == "excluded: stays in float"
+    assert mixed.get_layer("second").get_layer("expand").quantizers == []
+
+
+def test_a_subclassed_model_goes_by_its_graph():
+    model, x = Own(), np.random.randint(0, 30, (16, 10)).astype("int32")
+    expected = model(x)
+    with pytest.raises(ValueError, match=r"subclassed.*accel_tf.layers.functional\(model, x\)"):
+        at.quantize_aware(model)
+    quantized = at.calibrate(at.layers.functional(model, x), x, verbose=0)
+    assert sqnr(expected, quantized(x)) > 8
+    assert {"block/attention", "both/forward_gru"} <= {
+        e.layer for e in at.report_of(quantized).done
+    }
