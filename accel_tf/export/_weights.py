@@ -187,14 +187,20 @@ def _expanded(file, graph, small, index, grid=None):
     count = grid.integers.size // channels
     if groups * grid.group > count:
         steps += [("RESHAPE", (channels, groups * grid.group)), ("SLICE", (channels, count))]
-    if steps[-1][1] != tuple(tensor.shape):
-        steps.append(("RESHAPE", tuple(tensor.shape)))
+    shape, first = tuple(tensor.shape), grid.axis or 0
+    moved = (shape[first], *shape[:first], *shape[first + 1 :]) if grid.axis else shape
+    if steps[-1][1] != moved:
+        steps.append(("RESHAPE", moved))
+    if grid.axis:  # The channels are not the first axis.
+        steps.append(("TRANSPOSE", shape))
     last = small
     for i, (name, shape) in enumerate(steps):
         result = index if i == len(steps) - 1 else file.result(graph, index, f"rows{i}", shape)
         inputs = [last]
         if name == "SLICE":
             inputs.append(file.tensor(graph, index, "INT32", np.zeros(2, np.int32), "begin"))
+        if name == "TRANSPOSE":
+            shape = (*range(1, first + 1), 0, *range(first + 1, len(shape)))
         if name != "DEQUANTIZE":
             inputs.append(
                 file.tensor(graph, index, "INT32", np.array(shape, np.int32), f"shape{i}")

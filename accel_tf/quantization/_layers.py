@@ -203,7 +203,9 @@ class QuantizedWeights(QuantizedLayer):
             return _dense(layer, x)
         if isinstance(layer, _L.EinsumDense):
             return einsum_dense(layer, x, kernel)
-        if max(getattr(layer, "dilation_rate", (1,))) > 1:
+        # Keras compiles a grouped convolution apart, where a converter loses sight of its layer.
+        grouped = frozen() and getattr(layer, "groups", 1) > 1
+        if grouped or max(getattr(layer, "dilation_rate", (1,))) > 1:
             return _dilated(layer, x, kernel)
         return layer(x)
 
@@ -315,6 +317,9 @@ class QuantizedAffine(QuantizedLayer):
         x = x if len(shape) == 3 else tf.reshape(x, (-1, 1, 1, channels))
         y = tf.nn.depthwise_conv2d(x, factor[None, None, :, None], [1, 1, 1, 1], "VALID") + offset
         return y if len(shape) == 3 else unflatten(y, inputs, len(shape), (channels,))
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
 
 
 @keras.saving.register_keras_serializable(package="accel_tf")

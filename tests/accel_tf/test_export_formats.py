@@ -94,6 +94,28 @@ def test_groups_of_a_dense_kernel_have_a_kernel_of_their_own(tmp_path):
     assert found.operators[0].inputs[1] == "int4" and quality > 35
 
 
+@pytest.mark.parametrize(
+    "layer",
+    [
+        L.DepthwiseConv2D(7, name="layer"),  # 49 weights per channel: more than a group
+        L.Conv2D(8, 7, groups=8, name="layer"),
+        L.Conv2D(12, 3, groups=2, strides=2, padding="same", name="layer"),
+        L.Conv2DTranspose(6, 3, name="layer"),
+        L.Conv1D(6, 5, name="layer"),
+    ],
+    ids=["depthwise", "channels apart", "groups", "transposed", "1-D"],
+)
+@pytest.mark.parametrize("scheme", [at.Int8Weights(), at.Int4Weights()])
+def test_weights_of_every_kind_of_convolution(layer, scheme, tmp_path):
+    shape = (12, 8) if isinstance(layer, L.Conv1D) else (12, 12, 8)
+    layer = type(layer).from_config(layer.get_config())
+    model = keras.Sequential([keras.Input(shape), layer, L.LayerNormalization()])
+    x = np.random.default_rng(0).normal(size=(6, *shape)).astype("float32")
+    _, found, quality = exported(model, scheme, x, tmp_path / "m.tflite")
+    stored = {kind for op in found.operators for kind in op.inputs} & {"int8", "int4"}
+    assert stored == {f"int{scheme.weight_bits}"} and quality > 30
+
+
 @pytest.mark.parametrize("scheme", [at.Int8Weights(), at.Int4Weights(), at.Float16()])
 def test_weights_of_attention_and_embeddings_too(scheme, transformer, sentences, tmp_path):
     _, found, quality = exported(transformer, scheme, sentences, tmp_path / "m.tflite")
