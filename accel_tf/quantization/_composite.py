@@ -62,6 +62,9 @@ class QuantizedScaledSum(QuantizedLayer):
         x, y = inputs
         return x + self.on_grid(training)("scaled", y * self.layer.scale)
 
+    def compute_output_shape(self, input_shape):
+        return input_shape[0]
+
 
 @keras.saving.register_keras_serializable(package="accel_tf")
 class QuantizedOperator(QuantizedLayer):

@@ -334,9 +334,7 @@ def test_what_cannot_be_quantized_is_an_error_with_a_way_out():
     at.quantize_aware(nested, exclude=["inner/own"])
 
     own = keras.Sequential([keras.Input((3,)), L.Dense(2, activation=squared, name="d")])
-    with pytest.raises(
-        ValueError, match=r"'d' \(Dense\): its activation 'squared' is none of lin"
-    ):
+    with pytest.raises(ValueError, match=r"'d' \(Dense\): its activation 'squared' is none of lin"):
         at.quantize_aware(own)
     with pytest.raises(ValueError, match=r"'r' \(ReLU\): its activation 'ReLU\(max_value=3"):
         at.quantize_aware(keras.Sequential([keras.Input((3,)), L.ReLU(3.0, name="r")]))
