@@ -43,7 +43,8 @@ def find(weights: np.ndarray, bits: int, group: int | None, axes) -> Grid | None
         size = count if group is None or group >= count else group
         padded = np.pad(rows, ((0, 0), (0, -count % size))).reshape(len(rows), -1, size)
         scales = np.abs(padded).max(axis=2) / np.float32(top)
-        integers = padded / np.where(scales, scales, 1)[:, :, None]
+        scales = np.where(scales, scales, 1)  # Of zeros any scale will do, except 0.
+        integers = padded / scales[:, :, None]
         rounded = np.round(integers)
         if np.abs(integers - rounded).max(initial=0) > 0.01:
             continue

@@ -105,6 +105,7 @@ def onnx(
             ) from error
     _rename(proto.graph, model)
     _shrink_weights(proto.graph, schemes)
+    _without_erfc(proto.graph)
     try:
         onnx_module("onnx.checker").check_model(proto)
     except Exception as error:
@@ -146,6 +147,22 @@ def _rename(graph, model):
             first[0].dim_param = "batch"
 
 
+def _without_erfc(graph):
+    """Puts 1 − Erf for Erfc, of which TensorFlow's gelu is made and which ONNX does not have."""
+    numpy_helper, helper = onnx_module("onnx.numpy_helper"), onnx_module("onnx.helper")
+    nodes = list(graph.node)
+    if not any(node.op_type == "Erfc" for node in nodes):
+        return
+    graph.initializer.append(numpy_helper.from_array(np.float32(1.0), "accel_tf_one"))
+    del graph.node[:]
+    for node in nodes:
+        if node.op_type == "Erfc":
+            erf = node.name + "_erf"
+            graph.node.append(helper.make_node("Erf", node.input, [erf], name=erf))
+            node = helper.make_node("Sub", ["accel_tf_one", erf], node.output, name=node.name)
+        graph.node.append(node)
+
+
 def _shrink_weights(graph, schemes):
     """Stores the weights of quantized layers in their format, in front of an operator that expands."""
     numpy_helper, helper = onnx_module("onnx.numpy_helper"), onnx_module("onnx.helper")
@@ -184,7 +201,7 @@ def _expanding(name, weights, axis, scheme, helper, numpy_helper):
     if grid is None or grid.group is not None:
         return None
     one = grid.axis is None
-    scales = np.where(grid.scales, grid.scales, 1)[:, 0].astype(np.float32)
+    scales = grid.scales[:, 0]
     tensors = [
         numpy_helper.from_array(grid.integers, name + "_integers"),
         numpy_helper.from_array(scales[0] if one else scales, name + "_scale"),

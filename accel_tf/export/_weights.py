@@ -123,9 +123,12 @@ def _stored(file, graph, index, weights, scheme, operator):
 
 
 def _blocks(grid, operator) -> bool:
-    """Whether LiteRT has a kernel for the groups of these weights."""
+    """Whether LiteRT has a kernel for the groups of these weights; it has their scales in float16."""
     columns = grid.integers.shape[-1]
-    return operator == "FULLY_CONNECTED" and grid.group % _GROUPS == 0 and columns % grid.group == 0
+    fits = grid.group % _GROUPS == 0 and columns % grid.group == 0
+    limits = np.finfo(np.float16)
+    normal = (grid.scales > limits.tiny) & (grid.scales < limits.max)
+    return operator == "FULLY_CONNECTED" and fits and bool(normal.all())
 
 
 def _integer_tensor(file, graph, index, grid, bits):

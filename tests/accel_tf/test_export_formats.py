@@ -94,6 +94,18 @@ def test_groups_of_a_dense_kernel_have_a_kernel_of_their_own(tmp_path):
     assert found.operators[0].inputs[1] == "int4" and quality > 35
 
 
+@pytest.mark.parametrize("factor", [0.0, 1e-7], ids=["zeros", "tiny"])
+def test_groups_of_zeros_or_too_small_for_half_a_float(factor, tmp_path):
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((64,)), L.Dense(8), L.Rescaling(1e3), L.Dense(8)])
+    kernel = model.layers[0].kernel.numpy()
+    kernel[:32, :3] *= factor
+    model.layers[0].kernel.assign(kernel if not factor else kernel * 1e-4)
+    x = np.random.default_rng(0).normal(size=(9, 64)).astype("float32")
+    _, _, quality = exported(model, at.Int4Weights(32), x, tmp_path / "m.tflite")
+    assert quality > 35
+
+
 @pytest.mark.parametrize(
     "layer",
     [

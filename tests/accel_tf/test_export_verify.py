@@ -167,6 +167,15 @@ def test_attention_and_recurrence_in_every_runtime(tmp_path):
             assert found.ok and found.sqnr > bound, (kind, found)
 
 
+@pytest.mark.parametrize("approximate", [False, True])
+def test_gelu_in_every_runtime(approximate, tmp_path):
+    gelu = L.Activation(lambda x: keras.activations.gelu(x, approximate), name="gelu")
+    model = keras.Sequential([keras.Input((6,)), L.Dense(5), gelu, L.Dense(2)])
+    x = np.random.default_rng(0).normal(size=(8, 6)).astype("float32")
+    for kind in ("tflite", "onnx", "saved"):
+        assert at.export.verify(model, export(model, kind, tmp_path), x).sqnr > 60
+
+
 def test_a_saved_model_runs_without_accel_tf_and_a_subclassed_one_is_exported(tmp_path, images):
     class Own(keras.Model):
         def __init__(self):
