@@ -1,0 +1,147 @@
+"""What quantization costs in accuracy, in the files that LiteRT runs: images, signals and text.
+
+Each task trains a float network with three seeds, and compares by their means: calibrated and
+fine-tuned 8-bit files, LiteRT's own post-training quantization with the same data, and 4-bit weights.
+"""
+
+import functools
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers
+
+import accel_tf as at
+from accel_tf._litert import quiet
+
+SEEDS = 3
+SAMPLES = 512  # to calibrate with
+
+
+def _block(conv, pool, filters, width):
+    return [
+        conv(filters, width, padding="same", use_bias=False),
+        layers.BatchNormalization(momentum=0.9),
+        layers.ReLU(),
+        pool(),
+    ]
+
+
+def _images():
+    block = functools.partial(_block, layers.Conv2D, layers.MaxPooling2D, width=3)
+    return keras.Sequential(
+        [
+            keras.Input((8, 8, 1)),
+            *block(16),
+            *block(32),
+            layers.Flatten(),
+            layers.Dense(64, activation="relu"),
+            layers.Dense(10),
+        ]
+    )
+
+
+def _signals():
+    block = functools.partial(_block, layers.Conv1D, layers.MaxPooling1D, width=5)
+    return keras.Sequential(
+        [
+            keras.Input((40, 1)),
+            *block(32),
+            *block(64),
+            *block(64),
+            layers.Flatten(),
+            layers.Dropout(0.3),
+            layers.Dense(10),
+        ]
+    )
+
+
+WORDS, LENGTH, WIDTH = 4000, 32, 32
+
+
+def _text():
+    """One block of a transformer, with the average over all words."""
+    words = keras.Input((LENGTH,), dtype="int32")
+    positions = keras.ops.arange(LENGTH)[None]
+    x = layers.Embedding(WORDS, WIDTH)(words) + layers.Embedding(LENGTH, WIDTH)(positions)
+    x = layers.LayerNormalization()(x + layers.MultiHeadAttention(2, WIDTH // 2)(x, x))
+    hidden = layers.Dense(2 * WIDTH, activation="gelu")(x)
+    x = layers.LayerNormalization()(x + layers.Dense(WIDTH)(hidden))
+    x = layers.Dropout(0.3)(layers.GlobalAveragePooling1D()(x))
+    return keras.Model(words, layers.Dense(5)(x))
+
+
+def _docstrings():
+    train, test = at.datasets.docstrings()
+    vectorize = layers.TextVectorization(WORDS, output_sequence_length=LENGTH)
+    vectorize.adapt(train[0].astype(str))
+    return tuple((vectorize(x.astype(str)).numpy().astype("int32"), y) for x, y in (train, test))
+
+
+def _fit(model, data, epochs, rate):
+    model.compile(
+        keras.optimizers.Adam(rate), keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    )
+    model.fit(*data, batch_size=64, epochs=epochs, verbose=0)
+
+
+def _by_litert(model, samples, path):
+    """Writes LiteRT's own post-training quantization, with integers all through where it can."""
+    converter = tf.lite.TFLiteConverter.from_keras_model(model)
+    converter.optimizations = [tf.lite.Optimize.DEFAULT]
+    converter.representative_dataset = lambda: ([x[None]] for x in samples)
+    if samples.dtype == np.float32:
+        converter.inference_input_type = converter.inference_output_type = tf.int8
+    with quiet():
+        path.write_bytes(converter.convert())
+
+
+def _decibels(logits, exact):
+    """The signal-to-noise ratio of logits to those of the float network."""
+    return 10 * np.log10(np.mean(exact**2) / np.mean((logits - exact) ** 2))
+
+
+@pytest.mark.parametrize(
+    "build, load, epochs, rate, least",
+    [
+        pytest.param(_images, at.datasets.digits, 10, 1e-3, 97.0, id="images"),
+        pytest.param(_signals, at.datasets.mnist1d, 16, 2e-3, 96.0, id="signals"),
+        pytest.param(_text, _docstrings, 4, 2e-3, 80.0, id="text"),
+    ],
+)
+def test_quantization_costs_little(build, load, epochs, rate, least, tmp_path):
+    train, (x, y) = load()
+    samples, path = train[0][:SAMPLES], tmp_path / "model.tflite"
+    right, decibels = [], []
+    for seed in range(SEEDS):
+        keras.utils.set_random_seed(seed)
+        model = build()
+        _fit(model, train, epochs, rate)
+        logits = {"float": np.asarray(model(x))}
+        calibrated = at.calibrate(model, samples, verbose=0)
+        tuned, four_bits = at.quantize_aware(model), at.quantize_aware(model, at.Int4Weights())
+        _fit(tuned, train, 2, rate / 10)
+        _fit(four_bits, train, 2, rate / 10)
+        for name, quantized in (("PTQ", calibrated), ("QAT", tuned), ("int4", four_bits)):
+            at.export.litert(quantized, path)
+            logits[name] = at.export.run_litert(path, x)
+        _by_litert(model, samples, path)
+        logits["LiteRT"] = at.export.run_litert(path, x)
+        right.append({name: z.argmax(-1) == y for name, z in logits.items()})
+        decibels.append([_decibels(logits[k], logits["float"]) for k in ("PTQ", "LiteRT")])
+
+    right = {name: np.array([of_one[name] for of_one in right]) for name in right[0]}
+    accuracy = {name: 100 * float(np.mean(all_)) for name, all_ in right.items()}
+    print(accuracy, np.mean(decibels, 0))
+    assert accuracy["float"] >= least
+    assert accuracy["QAT"] >= accuracy["float"] - 0.5, accuracy
+    assert accuracy["PTQ"] >= accuracy["float"] - 0.5, accuracy
+    assert accuracy["int4"] >= accuracy["float"] - 1.5, accuracy
+    ours, theirs = np.mean(decibels, axis=0)
+    assert ours >= theirs - 0.5, decibels
+    for name in ("PTQ", "QAT"):
+        # Few answers change, one way or the other. By chance they do so as often (McNemar's test).
+        won = np.sum(right[name] & ~right["LiteRT"])
+        lost = np.sum(~right[name] & right["LiteRT"])
+        assert won - lost >= -2 * np.sqrt(won + lost), (name, won, lost, accuracy)
