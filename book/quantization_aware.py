@@ -354,15 +354,19 @@ glue("slower", f"{slower:.1f}", display=False)
 assert slower > 0.95
 
 # %% [markdown]
-# On this page, {glue:text}`slower` times the time of the float model. And **not every layer has an integer form**: ask for an
-# LSTM and you get an error that names the layer, and the way out:
+# On this page, {glue:text}`slower` times the time of the float model. And **not every operator has an integer form**: use one
+# without and you get an error that names the layer, and the way out:
 
 # %%
 import textwrap
 
-unsupported = keras.Sequential(
-    [keras.Input((8, 8)), keras.layers.LSTM(4, name="memory")]
-)
+
+class Wave(keras.layers.Layer):
+    def call(self, x):
+        return keras.ops.sin(x)
+
+
+unsupported = keras.Sequential([keras.Input((8,)), Wave(name="wave")])
 try:
     at.quantize_aware(unsupported)
 except ValueError as error:
