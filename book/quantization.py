@@ -112,7 +112,7 @@ quantize = at.quantization.FakeQuantize(bits=4, observer=at.quantization.MSE())
 _ = quantize(x, training=True)
 print(f"found from 4,096 bins: {quantize.range[1]:.2f}")
 
-# %% mystnb={"image": {"alt": "Curve of the mean squared error against the clipping point: it falls steeply, has a minimum at about a third of the largest magnitude, and rises slowly; a dashed vertical line of the observer meets the minimum."}, "figure": {"caption": "The error of 4-bit rounding against the clipping point. On the left clipping dominates, on the right rounding; the observer's choice is dashed.", "name": "fig-clipping"}} tags=["hide-input"]
+# %% mystnb={"image": {"alt": "Curve of the mean squared error against the clipping point: it falls steeply, has a minimum at about two fifths of the largest magnitude, and rises slowly; a dashed vertical line of the observer meets the minimum."}, "figure": {"caption": "The error of 4-bit rounding against the clipping point. On the left clipping dominates, on the right rounding; the observer's choice is dashed.", "name": "fig-clipping"}} tags=["hide-input"]
 figure, axes = plt.subplots(figsize=(7.2, 2.9))
 axes.plot(ends, errors)
 axes.axvline(quantize.range[1], color="C1", ls="--", label="MSE observer")
