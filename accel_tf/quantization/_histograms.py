@@ -91,7 +91,8 @@ class Percentile(HistogramObserver):
         share = tf.constant(1.0 - self.percentile / 100, tf.float64)
         low = -_quantile(counts[::-1], share, width)
         high = _quantile(counts, share, width)
-        return tf.maximum(low, smallest), tf.minimum(high, largest)
+        # Inside a bin they are guesses, which must not pass what is known.
+        return tf.clip_by_value(low, smallest, largest), tf.clip_by_value(high, smallest, largest)
 
 
 @keras.saving.register_keras_serializable(package="accel_tf")
