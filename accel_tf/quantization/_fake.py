@@ -206,7 +206,8 @@ class FakeQuantize(keras.layers.Layer):
             return self.fixed
         with tf.init_scope():  # Also while a graph is traced, the numbers are wanted.
             if self.built and self.observer.seen(self):
-                self._check(*map(float, self.observer.range(self)))
+                # Under a strategy the values of variables are no tensors yet.
+                self._check(*(float(tf.convert_to_tensor(x)) for x in self.observer.range(self)))
                 low, high = self.limits()
                 return float(low), float(high)
         raise ValueError(
