@@ -4,7 +4,7 @@
     .venv/bin/python benchmarks/quantization_families.py --quick    # three families
     .venv/bin/python benchmarks/quantization_families.py --book     # also into book/_data
 
-Of each family the smallest member, trained on the digits for a hundred steps, as there are no weights
+Of each family the smallest member, trained on the digits for some eighty steps, as there are no weights
 from elsewhere and those of no training amplify any difference: quantize_aware, one step of training,
 a `.keras` file and back, a LiteRT file. Counted are the operators that compute in float, and how far
 the file is from the quantized model on the images of that step (SQNR in dB, before the softmax).
@@ -32,7 +32,8 @@ COMPUTING = (
     *("ADD", "AVERAGE_POOL_2D", "MAX_POOL_2D", "MEAN"),
 )
 ENOUGH = 20  # dB
-SHAPE, BATCH, STEPS = (75, 75, 3), 16, 100  # InceptionV3 wants 75 pixels, the others less
+SHAPE, BATCH, STEPS = (75, 75, 3), 16, 80  # InceptionV3 wants 75 pixels, the others less
+SEEN = 64  # images of the one step, and of the statistics before it
 LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
 
@@ -60,7 +61,7 @@ def train(model, member: str) -> None:
     momenta = [norm.momentum for norm in norms]
     for norm in norms:  # Their average lags far behind after so few steps.
         norm.momentum = 0.0
-    model(pictures(member, x[: 4 * BATCH]), training=True)
+    model(pictures(member, x[:SEEN]), training=True)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
 
@@ -73,7 +74,7 @@ def ours(member: str) -> dict:
     model = build(weights=None, input_shape=SHAPE, classes=CLASSES, classifier_activation=None)
     train(model, member)
     (x, y), _ = at.datasets.digits()
-    x, y = pictures(member, x[:BATCH]), y[:BATCH]
+    x, y = pictures(member, x[:SEEN]), y[:SEEN]
     quantized = at.quantize_aware(model)
     quantized.compile(keras.optimizers.SGD(1e-4), LOSS)
     quantized.train_on_batch(x, y)

@@ -6,7 +6,8 @@ import tensorflow as tf
 
 from accel_tf.quantization import _activations, _preserve
 from accel_tf.quantization._fake import frozen, is_observing, passes
-from accel_tf.quantization._layers import QuantizedLayer, channel_axes, einsum_dense
+from accel_tf.quantization._kernels import channel_axes, einsum_dense
+from accel_tf.quantization._layers import QuantizedLayer
 from accel_tf.quantization._weights import round_like_activations
 
 # How far below the other scores one that is masked lies: e⁻⁸ is less than a tenth of a step.

@@ -8,7 +8,8 @@ import keras
 import tensorflow as tf
 
 from accel_tf.quantization._fake import applying, frozen, is_observing
-from accel_tf.quantization._layers import QuantizedLayer, unflatten
+from accel_tf.quantization._kernels import unflatten
+from accel_tf.quantization._layers import QuantizedLayer
 
 _L = keras.layers
 
