@@ -405,3 +405,29 @@ def test_learning_shrinks_the_range_that_an_outlier_has_set():
     model.fit(x, x, batch_size=512, epochs=250, verbose=0)
     assert quantize.range[1] < 2.0
     assert model.evaluate(x, x, verbose=0) < 0.5 * first
+
+
+# What calibrate takes if nothing is said
+
+
+def test_calibrate_finds_ranges_of_least_error_and_training_goes_on_from_there():
+    x, y = data(64)
+    model = cnn()
+    default = at.calibrate(model, x, verbose=0)
+    best = at.calibrate(model, x, at.Int8(MSE()), verbose=0)
+    ranges = [[q.range for q in quantizers(m)] for m in (default, best)]
+    np.testing.assert_allclose(*ranges, rtol=1e-5)
+    assert {type(q.observer) for q in quantizers(default)} == {MovingAverage}
+    before = [q.range[1] for q in quantizers(default)]
+    compiled(default).fit(10 * x, y, batch_size=64, epochs=1, verbose=0)
+    after = [q.range[1] for q in quantizers(default)]
+    # One batch, ten times as large, is a hundredth of the average.
+    assert after[0] == pytest.approx(0.99 * before[0] + 0.01 * 10 * x.max(), rel=1e-4)
+
+
+def test_a_mixed_scheme_keeps_the_observers_that_it_names():
+    mixed = at.quantization.Mixed({"conv": at.Int8(MinMax()), "logits": at.Int8Weights()})
+    filled = mixed.with_default(MSE())
+    assert filled.of("conv").observer == MinMax()
+    assert filled.of("logits") == at.Int8Weights()
+    assert filled.of("relu").observer == MSE()
