@@ -223,7 +223,7 @@ def table(name: str, seeds: list[dict]) -> Table:
 
 def main() -> None:
     options = common.options(__doc__, "quantization_peers", threads=1)
-    seeds, rounds = (1, 5) if options.quick else (3, 40)
+    seeds, rounds = (1, 5) if options.quick else (3, 15)
     host, _ = common.head(options.threads)
     records = {}
     for name in list(TASKS)[: 1 if options.quick else None]:

@@ -17,6 +17,9 @@ from accel_tf._litert import quiet
 
 SEEDS = 3
 SAMPLES = 512  # to calibrate with
+# What chance makes of accuracies that are equal, in points: few answers differ, but a file's errors
+# lean to one side, so those that do differ together.
+CHANCE = 0.4
 
 
 def _block(conv, pool, filters, width):
@@ -114,7 +117,7 @@ def _decibels(logits, exact):
 def test_quantization_costs_little(build, load, epochs, rate, least, tmp_path):
     train, (x, y) = load()
     samples, path = train[0][:SAMPLES], tmp_path / "model.tflite"
-    right, decibels = [], []
+    accuracies, decibels = [], []
     for seed in range(SEEDS):
         keras.utils.set_random_seed(seed)
         model = build()
@@ -122,18 +125,17 @@ def test_quantization_costs_little(build, load, epochs, rate, least, tmp_path):
         logits = {"float": np.asarray(model(x))}
         calibrated = at.calibrate(model, samples, verbose=0)
         tuned, four_bits = at.quantize_aware(model), at.quantize_aware(model, at.Int4Weights())
-        _fit(tuned, train, 2, rate / 10)
-        _fit(four_bits, train, 2, rate / 10)
+        for quantized in (tuned, four_bits):
+            _fit(quantized, train, max(epochs // 5, 1), rate / 10)
         for name, quantized in (("PTQ", calibrated), ("QAT", tuned), ("int4", four_bits)):
             at.export.litert(quantized, path)
             logits[name] = at.export.run_litert(path, x)
         _by_litert(model, samples, path)
         logits["LiteRT"] = at.export.run_litert(path, x)
-        right.append({name: z.argmax(-1) == y for name, z in logits.items()})
+        accuracies.append({name: 100 * np.mean(z.argmax(-1) == y) for name, z in logits.items()})
         decibels.append([_decibels(logits[k], logits["float"]) for k in ("PTQ", "LiteRT")])
 
-    right = {name: np.array([of_one[name] for of_one in right]) for name in right[0]}
-    accuracy = {name: 100 * float(np.mean(all_)) for name, all_ in right.items()}
+    accuracy = {name: float(np.mean([a[name] for a in accuracies])) for name in accuracies[0]}
     assert accuracy["float"] >= least
     assert accuracy["QAT"] >= accuracy["float"] - 0.5, accuracy
     assert accuracy["PTQ"] >= accuracy["float"] - 0.5, accuracy
@@ -141,7 +143,4 @@ def test_quantization_costs_little(build, load, epochs, rate, least, tmp_path):
     ours, theirs = np.mean(decibels, axis=0)
     assert ours >= theirs - 0.5, decibels
     for name in ("PTQ", "QAT"):
-        # Few answers change, one way or the other. By chance they do so as often (McNemar's test).
-        won = np.sum(right[name] & ~right["LiteRT"])
-        lost = np.sum(~right[name] & right["LiteRT"])
-        assert won - lost >= -2 * np.sqrt(won + lost), (name, won, lost, accuracy)
+        assert accuracy[name] >= accuracy["LiteRT"] - CHANCE, accuracy
