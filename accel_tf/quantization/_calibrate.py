@@ -31,7 +31,8 @@ def calibrate(
         model: As for `quantize_aware`.
         data: Inputs without labels: an array (n, …), or a list or dict of arrays for several
             inputs; or a `tf.data.Dataset` or other finite iterable of batches, where a batch may
-            also be a tuple `(x, y)` or `(x, y, sample_weight)`, of which x is used.
+            also be a tuple `(x, y)` or `(x, y, sample_weight)`, of which x is used. `None` will do
+            for schemes of weights alone, which have no ranges.
         scheme: The number format; `Int8()` if not given. Ranges are found by its observer; if it has
             none, by `MSE()`, and the model goes on from there with `MovingAverage()` if it is trained.
         exclude: Paths of layers to leave in float, as for `quantize_aware`.
@@ -63,6 +64,12 @@ def calibrate(
     if not isinstance(scheme, Scheme | Mixed):
         raise ValueError(f"calibrate expects a scheme such as Int8(), received {scheme!r}.")
     quantized = rewrite(model, scheme.with_default(MSE()), exclude, "calibrate")
+    if data is None:
+        if any(isinstance(layer, FakeQuantize) for _, layer in walk(quantized)):
+            raise ValueError(
+                "calibrate needs data to find the ranges of activations, received None."
+            )
+        return quantized
     batches = _batches(data, batch_size)
     try:
         total = len(batches)

@@ -118,6 +118,21 @@ def test_weights_are_integers_times_a_scale_per_channel(shape, bits, size, seed)
     assert (np.abs(rounded - w) <= step * 0.501).all()
 
 
+@pytest.mark.parametrize("axes", [(-1,), (0,), (-2, -1), ()])
+@pytest.mark.parametrize("group_size", [1, 3, 8, 100])
+def test_a_group_of_inputs_has_a_scale_of_its_own(axes, group_size):
+    w = np.random.default_rng(0).normal(size=(3, 5, 4, 2)).astype("float32")
+    rounded = fake_quantize_weights(w, 4, axes, group_size).numpy()
+    kept = sorted(axis % 4 for axis in axes)
+    order = [axis for axis in range(4) if axis not in kept] + kept
+    columns = int(np.prod([w.shape[axis] for axis in kept]))
+    a, b = (np.transpose(v, order).reshape(-1, columns) for v in (w.astype("float64"), rounded))
+    for start in range(0, len(a), group_size):
+        group, ours = a[start : start + group_size], b[start : start + group_size]
+        scale = np.abs(group).max(axis=0) / 7
+        np.testing.assert_allclose(ours, np.round(group / scale) * scale, atol=1e-5)
+
+
 def test_weights_of_zero_stay_zero_and_a_depthwise_kernel_has_a_scale_for_each_output():
     assert not fake_quantize_weights(np.zeros((3, 2), "float32")).numpy().any()
     kernel = np.array([1.0, 100.0, 3.0, 0.01], "float32").reshape(1, 1, 2, 2)
@@ -424,6 +439,33 @@ def test_calibration_trains_nothing():
         quantized.get_layer("conv").layer.kernel.numpy(),
         model.get_layer("conv").kernel.numpy(),
     )
+
+
+def test_weights_alone_are_quantized_without_data():
+    model = small_cnn()
+    x = np.random.normal(size=(8, 8, 8, 1)).astype("float32")
+    errors = []
+    for scheme in (at.Float16(), at.Int8Weights(), Int4Weights(8), Int4Weights(None)):
+        quantized = at.calibrate(model, None, scheme, verbose=0)
+        assert not quantizers(quantized)
+        assert type(quantized.get_layer("relu")) is L.ReLU
+        errors.append(float(np.abs(quantized(x) - model(x)).max()))
+    assert 0 < errors[0] < errors[1] < min(errors[2:])
+    with pytest.raises(ValueError, match="needs data to find the ranges"):
+        at.calibrate(model, None, verbose=0)
+
+
+def test_schemes_are_mixed_by_path():
+    x = np.random.normal(size=(16, 8, 8, 1)).astype("float32")
+    mixed = at.Mixed({"h*": at.Int8Weights(), "probabilities": None})
+    quantized = at.calibrate(small_cnn(), x, mixed, verbose=0)
+    assert quantized.get_layer("conv").scheme == at.Int8()
+    assert quantized.get_layer("hidden").quantizers == []
+    assert type(quantized.get_layer("probabilities")) is L.Dense
+    with pytest.raises(ValueError, match="Mixed: 'head' matches no layer"):
+        at.calibrate(small_cnn(), x, at.Mixed({"head": None}), verbose=0)
+    with pytest.raises(ValueError, match="None for float, for 'conv'; received 8"):
+        at.Mixed({"conv": 8})
 
 
 def test_data_that_calibrates_nothing_is_an_error():
