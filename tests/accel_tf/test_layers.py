@@ -183,3 +183,88 @@ def test_rebuild_can_change_the_shapes_of_nested_inputs():
     assert new.output_shape == (None, 2)
     assert new.get_layer("inner").input_shape == new.get_layer("graph").input_shape == (None, 2)
     assert isinstance(new.get_layer("inner"), keras.Sequential)
+
+
+class Scaled(keras.layers.Layer):
+    """A layer of layers and operators, and one with a weight of its own if that is asked for."""
+
+    def __init__(self, own=False, **options):
+        super().__init__(**options)
+        self.own, self.dense = own, keras.layers.Dense(4, name="dense")
+
+    def build(self, shape):
+        self.dense.build(shape)
+        if self.own:
+            self.gamma = self.add_weight(shape=(4,), initializer="ones", name="gamma")
+
+    def call(self, x, training=None):
+        y = self.dense(keras.ops.relu(x)) * 2.0
+        return y * self.gamma if self.own else y
+
+
+def test_a_layer_of_layers_is_expanded_in_place():
+    x = keras.Input((4,))
+    layer = Scaled(name="scaled")
+    inner = keras.Sequential([keras.Input((4,)), Scaled(name="below")], name="inner")
+    model = keras.Model(x, inner(layer(layer(x))))
+
+    def graph_of(path, layer):
+        return layer.call if isinstance(layer, Scaled) else None
+
+    expanded = layers.expand(model, graph_of)
+    data = np.random.normal(size=(3, 4)).astype("float32")
+    np.testing.assert_array_equal(expanded(data), model(data))
+    paths = [path for path, _ in layers.walk(expanded)]
+    assert {"scaled/dense", "inner/below/dense"} <= set(paths)
+    assert {id(v) for v in expanded.variables} == {id(v) for v in model.variables}
+    assert layers.expand(model, lambda path, layer: None) is model
+
+
+def test_what_has_no_graph_is_not_expanded():
+    class Untraceable(keras.layers.Layer):
+        def call(self, x):
+            return keras.ops.convert_to_tensor(np.asarray(x)) if len(x) else x
+
+        def compute_output_shape(self, shape):
+            return shape
+
+    for layer in (Scaled(own=True), Untraceable()):
+        x = keras.Input((4,))
+        model = keras.Model(x, layer(x))
+        assert layers.expand(model, lambda path, layer: layer.call) is model
+
+
+def test_a_subclassed_model_has_a_functional_form_that_shares_its_layers():
+    model, data = Subclassed(), np.random.normal(size=(5, 4)).astype("float32")
+    expected = model(data)
+    functional = layers.functional(model, data)
+    np.testing.assert_array_equal(functional(data), expected)
+    assert [id(v) for v in functional.variables] == [id(v) for v in model.variables]
+
+    class Numbers(keras.Model):
+        def call(self, x):
+            return x if float(x[0, 0]) > 0 else -x
+
+    with pytest.raises(ValueError, match=r"\(Numbers\) has no graph: its call uses more"):
+        layers.functional(Numbers(), data)
+
+
+def test_an_operator_is_a_layer_that_keeps_its_constants(tmp_path):
+    x, y = keras.Input((4,)), keras.Input((4,))
+    z = keras.ops.concatenate([x, y * np.array([1.0, 2.0, 3.0, 4.0], "float32")], axis=-1)
+    model = keras.Model([x, y], z[:, 1:7])
+
+    def replace(path, layer):
+        return None if isinstance(layer, keras.Layer) else layers.Operator.of(layer)
+
+    rebuilt = layers.rebuild(model, replace)
+    assert {type(c.layer) for c in layers.calls(rebuilt)} == {
+        keras.layers.InputLayer,
+        layers.Operator,
+    }
+    data = [np.random.normal(size=(3, 4)).astype("float32") for _ in range(2)]
+    np.testing.assert_array_equal(rebuilt(data), model(data))
+    rebuilt.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    np.testing.assert_array_equal(loaded(data), model(data))
+    assert loaded.output_shape == (None, 6)
