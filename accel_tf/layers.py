@@ -181,6 +181,7 @@ def rebuild(
     replace: Callable[[str, keras.Layer], keras.Layer | None],
     on_input: Callable[[int], keras.Layer | None] | None = None,
     input_shape: Callable[[keras.KerasTensor], tuple] | None = None,
+    on_operator: Callable[[keras.Operation], keras.Layer | None] | None = None,
 ) -> keras.Model:
     """Returns a copy of `model`, sharing nothing with it, in which some layers are replaced.
 
@@ -190,13 +191,15 @@ def rebuild(
 
     Args:
         model: A built functional or sequential model.
-        replace: Called once per layer, or operator between layers, with its path and itself; returns the new layer, `None` to
+        replace: Called once per layer with its path and the layer; returns the new layer, `None` to
             keep it, or `REMOVED` to pass its one input on as its output. A new layer may be unbuilt:
             setting its weights is up to the caller.
         on_input: Called with the position of each input of `model`; returns a layer to put behind
             that input, or `None`.
         input_shape: Called with each input of `model` and of the models nested in it; returns its
             shape in the copy, with the batch. By default it keeps the shape that it has.
+        on_operator: Called once per operator between layers; returns a layer made by `Operator.of`,
+            or one around it, or `None` to keep the operator.
 
     Returns:
         A new model of the same class and name, not compiled.
@@ -219,9 +222,9 @@ def rebuild(
         path = paths.get(id(layer), layer.name)
         if isinstance(layer, keras.Model):
             return copy(layer, path)
+        if not isinstance(layer, keras.Layer):
+            return (on_operator and on_operator(layer)) or layer
         new = replace(path, layer)
-        if new is None and not isinstance(layer, keras.Layer):
-            return layer
         if new is REMOVED:
             return _Removed(name=layer.name)
         if new is None:

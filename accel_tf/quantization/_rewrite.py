@@ -88,12 +88,12 @@ def rewrite(model, scheme, exclude, verb) -> keras.Model:
     plan = Plan(model, scheme_at)
     made = []
 
-    def replace(path, layer):
+    def replaced(layer):
         step = plan.steps.get(id(layer))
         if step is None or step.wrapper is None:
             return None
         if isinstance(layer, keras.Layer):
-            require_finite(layer, path)
+            require_finite(layer, plan.paths[id(layer)])
         new = step.wrap(layer)
         made.append((layer, new))
         return new
@@ -110,7 +110,9 @@ def rewrite(model, scheme, exclude, verb) -> keras.Model:
             name=f"{model.inputs[i].name}_quantizer",
         )
 
-    new_model = graphs.rebuild(model, replace, on_input)
+    new_model = graphs.rebuild(
+        model, lambda path, layer: replaced(layer), on_input, on_operator=replaced
+    )
     for old, new in made:
         if isinstance(old, keras.Layer):
             if old.weights:

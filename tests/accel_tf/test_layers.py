@@ -254,10 +254,7 @@ def test_an_operator_is_a_layer_that_keeps_its_constants(tmp_path):
     z = keras.ops.concatenate([x, y * np.array([1.0, 2.0, 3.0, 4.0], "float32")], axis=-1)
     model = keras.Model([x, y], z[:, 1:7])
 
-    def replace(path, layer):
-        return None if isinstance(layer, keras.Layer) else layers.Operator.of(layer)
-
-    rebuilt = layers.rebuild(model, replace)
+    rebuilt = layers.rebuild(model, lambda path, layer: None, on_operator=layers.Operator.of)
     assert {type(c.layer) for c in layers.calls(rebuilt)} == {
         keras.layers.InputLayer,
         layers.Operator,
