@@ -68,7 +68,7 @@ plain = OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
 #
 # $$
 # \mathrm{SQNR} = 10 \log_{10} \frac{\sum y^2}{\sum (y - \hat y)^2}
-# $$ (eq-sqnr)
+# $$ (eq-sqnr-file)
 #
 # Twenty decibels are an error of a tenth of the signal, 40 of a hundredth. Each bit more of an
 # ideal quantizer halves the error, which is worth $20 \log_{10} 2 \approx 6$ dB {footcite}`lin2016fixed`. The

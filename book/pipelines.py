@@ -65,7 +65,7 @@ keras.utils.set_random_seed(0)
 # $$
 # H \le \underbrace{-d \log_2 d - (1 - d) \log_2 (1 - d)}_{\text{where the zeros are}} + \underbrace{d\, \log_2 (K - 1)}_{\text{which value}}
 # \quad \text{bits.}
-# $$ (eq-bits)
+# $$ (eq-pipeline-bits)
 #
 # With one weight in ten left and $K = 16$ these are {glue:text}`bound` bits instead of 32: a factor of {glue:text}`bound_ratio` for the weights, if
 # nothing goes wrong between the steps. Much can:
@@ -344,7 +344,7 @@ assert 32 / bound > raw / sizes["quantized"]
 # %% [markdown]
 # The float file had {glue:text}`kilobytes` kB for {glue:text}`parameters` parameters. What is left, zipped, is {glue:text}`shipped` kB: **a factor of
 # {glue:text}`ratio`**, or {glue:text}`zipped_ratio` if the float file is zipped, too. It gets {glue:text}`lost` points {glue:text}`lost_word` of the test images right than
-# the dense one. Equation {eq}`eq-bits` allowed for {glue:text}`bound` bits for a weight; `gzip`, which is no ideal coder, takes {glue:text}`bits`. The rest
+# the dense one. Equation {eq}`eq-pipeline-bits` allowed for {glue:text}`bound` bits for a weight; `gzip`, which is no ideal coder, takes {glue:text}`bits`. The rest
 # is scales, biases and the graph.
 #
 # TFMOT keeps the zeros as well, and lands at a similar size. Its clusters are kept in the Keras model, but in the file a convolution has up to
@@ -458,7 +458,7 @@ assert 0.3 < times["ours"].median / times["dense"].median < 3
 #
 # :::{exercise}
 # :label: ex-pipelines-1
-# By {eq}`eq-bits`, which is the cheaper: 80 % zeros with 8 values, or 90 % zeros with 256? What is each technique's share of the bits in the first?
+# By {eq}`eq-pipeline-bits`, which is the cheaper: 80 % zeros with 8 values, or 90 % zeros with 256? What is each technique's share of the bits in the first?
 # :::
 #
 # :::{solution-start} ex-pipelines-1
