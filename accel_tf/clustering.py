@@ -11,7 +11,8 @@ import tensorflow as tf
 from accel_tf.layers import require_model
 from accel_tf.pruning._constraint import MaskConstraint, local_variable
 from accel_tf.pruning._schedules import require_integer
-from accel_tf.pruning._selection import UNSELECTED, weights_of
+from accel_tf.pruning._selection import weights_of
+from accel_tf.pruning._strip import free
 from accel_tf.report import Entry, Report, attach
 
 __all__ = ["cluster", "strip_clustering"]
@@ -132,30 +133,21 @@ def strip_clustering(model: keras.Model, *, include=None, exclude=None) -> Repor
     -----  -------  --------------------------------
     head   yes      kernel (32, 10): 8 values, as is
     """
-    require_model(model, "strip_clustering")
-    freed, left = {}, {}
-    for path, _, v, reason in weights_of(model, include, exclude):
-        clustered = constraint_of(v) is not None
-        if clustered and reason not in UNSELECTED:
-            ClusterConstraint.detach(v)
-            note = f"{v.name} {tuple(v.shape)}: {np.unique(_float64(v)).size} values, as is"
-            freed.setdefault(path, []).append(note)
-        elif clustered or path not in left:
-            left[path] = f"still clustered: {reason}" if clustered else "not clustered"
-    report = Report(
+
+    def release(v):
+        ClusterConstraint.detach(v)
+        return f"{np.unique(_float64(v)).size} values"
+
+    return free(
+        model,
         "strip_clustering",
-        tuple(Entry(path, "; ".join(notes)) for path, notes in freed.items()),
-        tuple(Entry(path, reason) for path, reason in left.items() if path not in freed),
+        include,
+        exclude,
+        lambda v: constraint_of(v) is not None,
+        release,
+        "clustered",
+        "In a model that was loaded from a file nothing keeps clusters",
     )
-    if not freed:
-        raise ValueError(
-            f"No weight of model {model.name!r} is clustered that could be freed. In a model that "
-            f"was loaded from a file nothing keeps clusters:\n{report}"
-        )
-    if model.compiled:
-        model.train_function = None  # traced with these constraints; `fit` makes it anew
-    attach(model, report)
-    return report
 
 
 class ClusterConstraint(keras.constraints.Constraint):

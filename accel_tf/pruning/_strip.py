@@ -53,28 +53,57 @@ def strip_pruning(model: keras.Model, *, include=None, exclude=None) -> Report:
     Reference: Han et al., "DSD: dense-sparse-dense training for deep neural networks" (2017);
     https://arxiv.org/abs/1607.04381. The name is TFMOT's.
     """
-    require_model(model, "strip_pruning")
+
+    def release(v):
+        v.constraint.masks.remove(v)
+        v.constraint = v.constraint.inner
+        zeros = v.shape.num_elements() - np.count_nonzero(keras.ops.convert_to_numpy(v))
+        return f"{zeros} of {v.shape.num_elements()} zero"
+
+    return free(
+        model,
+        "strip_pruning",
+        include,
+        exclude,
+        lambda v: isinstance(v.constraint, MaskConstraint),
+        release,
+        "pruned",
+        "A model that was loaded from a file holds zeros, and nothing keeps them",
+    )
+
+
+def free(model, verb, include, exclude, is_held, release, state, hint) -> Report:
+    """Frees weights of what a verb holds them to, for the verbs that end it.
+
+    Args:
+        model: The model, which must be built.
+        verb: The name of the verb that ends it.
+        include, exclude: As for `weights_of`.
+        is_held: Tells of a variable whether it is held.
+        release: Frees a variable; returns what it holds now, in words.
+        state: What a weight is that is held, such as `"pruned"`.
+        hint: Why there may be none, for the message.
+
+    Raises:
+        ValueError: The model is not built, or none of the weights is held.
+    """
+    require_model(model, verb)
     freed: dict[str, list[str]] = {}
     left: dict[str, str] = {}
     for path, _, v, reason in weights_of(model, include, exclude):
-        pruned = isinstance(v.constraint, MaskConstraint)
-        if pruned and reason not in UNSELECTED:
-            v.constraint.masks.remove(v)
-            v.constraint = v.constraint.inner
-            zeros = v.shape.num_elements() - np.count_nonzero(keras.ops.convert_to_numpy(v))
-            note = f"{v.name} {tuple(v.shape)}: {zeros} of {v.shape.num_elements()} zero, as is"
-            freed.setdefault(path, []).append(note)
-        elif pruned or path not in left:
-            left[path] = f"still pruned: {reason}" if pruned else "not pruned"
+        held = is_held(v)
+        if held and reason not in UNSELECTED:
+            freed.setdefault(path, []).append(f"{v.name} {tuple(v.shape)}: {release(v)}, as is")
+        elif held or path not in left:
+            left[path] = f"still {state}: {reason}" if held else f"not {state}"
     report = Report(
-        "strip_pruning",
+        verb,
         tuple(Entry(path, "; ".join(notes)) for path, notes in freed.items()),
         tuple(Entry(path, reason) for path, reason in left.items() if path not in freed),
     )
     if not freed:
         raise ValueError(
-            f"No weight of model {model.name!r} is pruned that could be freed. A model that was "
-            f"loaded from a file holds zeros, and nothing keeps them:\n{report}"
+            f"No weight of model {model.name!r} is {state} that could be freed. {hint}:\n{report}"
         )
     if model.compiled:
         model.train_function = None  # traced with these constraints; `fit` makes it anew
