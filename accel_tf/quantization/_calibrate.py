@@ -8,7 +8,7 @@ import tensorflow as tf
 from accel_tf.layers import walk
 from accel_tf.quantization._checks import require_ranges
 from accel_tf.quantization._fake import FakeQuantize, observing
-from accel_tf.quantization._histograms import MSE
+from accel_tf.quantization._observers import MinMax
 from accel_tf.quantization._rewrite import rewrite
 from accel_tf.quantization._schemes import Int8, Mixed, Scheme
 
@@ -34,7 +34,7 @@ def calibrate(
             also be a tuple `(x, y)` or `(x, y, sample_weight)`, of which x is used. `None` will do
             for schemes of weights alone, which have no ranges.
         scheme: The number format; `Int8()` if not given. Ranges are found by its observer; if it has
-            none, by `MSE()`, and the model goes on from there with `MovingAverage()` if it is trained.
+            none, by `MinMax()`, and the model goes on from there with `MovingAverage()` if it is trained.
         exclude: Paths of layers to leave in float, as for `quantize_aware`.
         batch_size: How many inputs of an array to run at a time.
         verbose: 1 for a progress bar, 0 for silence.
@@ -63,7 +63,7 @@ def calibrate(
     scheme = scheme or Int8()
     if not isinstance(scheme, Scheme | Mixed):
         raise ValueError(f"calibrate expects a scheme such as Int8(), received {scheme!r}.")
-    quantized = rewrite(model, scheme.with_default(MSE()), exclude, "calibrate")
+    quantized = rewrite(model, scheme.with_default(MinMax()), exclude, "calibrate")
     if data is None:
         if any(isinstance(layer, FakeQuantize) for _, layer in walk(quantized)):
             raise ValueError(
@@ -110,9 +110,9 @@ def calibrate(
             "before is empty: pass the data anew."
         )
     require_ranges(quantized)
-    if scheme == scheme.with_default(MSE()):
+    if scheme == scheme.with_default(MinMax()):
         return quantized
-    # The same model without the histograms, which would slow down its training and fill its file.
+    # Extremes only ever grow, so training goes on with an observer that follows the model.
     result = rewrite(model, scheme, exclude, "calibrate")
     for (_, found), (_, layer) in zip(walk(quantized), walk(result), strict=True):
         if not isinstance(layer, FakeQuantize) or layer.fixed is not None:

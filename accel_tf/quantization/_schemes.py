@@ -76,8 +76,8 @@ class Int8(_Activations):
     Args:
         observer: How the range of an activation is found: `MovingAverage()`, `MinMax()`,
             `Percentile()`, `MSE()`, `Entropy()` or `Learned()` from `accel_tf.quantization`. By
-            default `calibrate` takes the range of the least squared error, and training the moving
-            average, from there on if the model was calibrated.
+            default `calibrate` takes all values that it sees, and training the moving average, from
+            there on if the model was calibrated.
 
     Raises:
         ValueError: `observer` is none.
