@@ -46,14 +46,32 @@ def reason(error: Exception) -> str:
     return f"{first} You passed: {passed[1]}" if passed else first
 
 
-def worker() -> ProcessPoolExecutor:
-    """Returns a process that gives its memory back after a few models."""
-    spawn = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=4)
+def compare(names, ours, here: dict, theirs, there: dict):
+    """Yields a row for each family: what becomes of its member with us and with the peer.
+
+    Both run at once, each in a process of its own, which gives its memory back.
+
+    Args:
+        names: The families.
+        ours, theirs: Functions of a member's name, which return a dictionary.
+        here, there: The members of Keras 3 and of tf_keras, by family.
+
+    Yields:
+        Dictionaries with `family`, `member`, `ours` and `tfmot`.
+    """
+    for family in names:
+        with _process() as one, _process() as other:
+            outcome = _start(one, ours, here, family, "not in Keras 3")
+            peer = _start(other, theirs, there, family, "not in tf_keras")
+            member = here.get(family, there.get(family))
+            yield {"family": family, "member": member, "ours": outcome(), "tfmot": peer()}
 
 
-def start(process: ProcessPoolExecutor, run, members: dict, family: str, absent: str):
-    """Lets a process run a family's member; returns a function that waits for the outcome."""
+def _process() -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+
+
+def _start(process, run, members, family, absent):
     if family not in members:
         return lambda: {"absent": absent}
     return process.submit(run, members[family]).result

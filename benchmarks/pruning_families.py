@@ -15,7 +15,7 @@ from pathlib import Path
 import _common as common
 import keras
 import numpy as np
-from _families import BATCH, CLASSES, QUICK, SHAPE, batch, families, reason, start, worker
+from _families import BATCH, CLASSES, QUICK, SHAPE, batch, compare, families, reason
 
 import accel_tf as at
 from accel_tf.report import Table
@@ -120,16 +120,10 @@ def main() -> None:
     print(f"{host}, {', '.join(' '.join(item) for item in versions.items())}\n", flush=True)
     here, there = families(keras.applications), families(tf_keras.applications)
     names = QUICK if options.quick else sorted({**here, **there})
-    rows = [{"family": family, "member": here.get(family, there.get(family))} for family in names]
-    with worker() as ours_runs, worker() as theirs_run:
-        for row in rows:
-            row["ours"] = start(ours_runs, ours, here, row["family"], "not in Keras 3")
-            row["tfmot"] = start(theirs_run, theirs, there, row["family"], "not in tf_keras")
-        for row in rows:
-            row.update(ours=row["ours"](), tfmot=row["tfmot"]())
-            print(
-                row["family"], describe(row["ours"]), describe(row["tfmot"]), sep=": ", flush=True
-            )
+    rows = []
+    for row in compare(names, ours, here, theirs, there):
+        rows.append(row)
+        print(row["family"], describe(row["ours"]), describe(row["tfmot"]), sep=": ", flush=True)
     print(f"\n{table(rows)}\n")
     found = {
         "host": str(host),
