@@ -59,9 +59,13 @@ def head(threads: int) -> tuple[dict, "at.benchmark.Roofline"]:
 
 
 def save(result: dict, path: Path) -> None:
+    write(result, path)
+    print(f"raw times: {path}")
+
+
+def write(result: dict, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"raw times: {path}")
 
 
 def last_level_cache() -> int:

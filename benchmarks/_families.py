@@ -60,14 +60,15 @@ def compare(names, ours, here: dict, theirs, there: dict):
         Dictionaries with `family`, `member`, `ours` and `tfmot`.
     """
     for family in names:
-        with _process() as one, _process() as other:
+        with worker() as one, worker() as other:
             outcome = _start(one, ours, here, family, "not in Keras 3")
             peer = _start(other, theirs, there, family, "not in tf_keras")
             member = here.get(family, there.get(family))
             yield {"family": family, "member": member, "ours": outcome(), "tfmot": peer()}
 
 
-def _process() -> ProcessPoolExecutor:
+def worker() -> ProcessPoolExecutor:
+    """Returns a new process to run functions in."""
     return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
 
 

@@ -1,6 +1,6 @@
 """Quantizes every family of keras.applications to an int8 file, with accel_tf and with TFMOT.
 
-    .venv/bin/python benchmarks/quantization_families.py            # some forty minutes
+    .venv/bin/python benchmarks/quantization_families.py            # some twenty minutes
     .venv/bin/python benchmarks/quantization_families.py --quick    # three families
     .venv/bin/python benchmarks/quantization_families.py --book     # also into book/_data
 
@@ -160,7 +160,11 @@ def describe(outcome: dict) -> str:
 
 def table(rows: list[dict]) -> Table:
     def says(outcome):
-        return outcome.get("refusal") or "; ".join(outcome.get("why", ()))
+        reasons = [outcome["refusal"]] if "refusal" in outcome else outcome.get("why", [])
+        if outcome.get("sqnr", np.inf) < ENOUGH:
+            left = f"8 bits leave {outcome['sqnr_float']:.0f} dB of the float network"
+            reasons = [*reasons, f"{left}: it magnifies the last bit of a sum as much as rounding"]
+        return "; ".join(reasons)
 
     return Table(
         [
@@ -214,7 +218,7 @@ def main() -> None:
         # Saved as they come: the run is long.
         found = {"host": str(host), "versions": {**host.versions, **versions}, "rows": rows}
         for path in [options.output, *([BOOK] if options.book else [])]:
-            common.save(found, path)
+            common.write(found, path)
     print(f"\n{table(rows)}\n")
 
 

@@ -5,7 +5,7 @@
 
 A convolutional network for the digits, one for MNIST-1D, and a transformer for text. All tools start
 from the same trained float network; those that calibrate get the same 512 inputs, those that train the
-same two epochs. TFMOT gets the network with its weights in tf_keras, in a process of its own. Accuracy
+same two epochs, as does the float network once more. TFMOT gets the network with its weights in tf_keras, in a process of its own. Accuracy
 is that of the LiteRT file; of Keras' own modes, which have none, that of the model. One thread.
 """
 
@@ -30,7 +30,7 @@ from accel_tf._litert import quiet
 from accel_tf.report import Table
 
 SAMPLES, BATCH = 512, 64  # to calibrate with, and to time
-FLOAT, KERAS = "float", "Keras, float"
+FLOAT, TUNED, KERAS = "float", "float, trained on", "Keras, float"
 FORMATS = {
     "Float16": at.Float16(),
     "Int16x8, PTQ": at.Int16x8(),
@@ -119,6 +119,11 @@ def write(name, seed, train, folder) -> tuple[dict, dict, dict]:
     task.fit(keras, model, train)
     files, refused = {FLOAT: folder / "float.tflite"}, {}
     at.export.litert(model, files[FLOAT])
+    tuned = keras.models.clone_model(model)
+    tuned.set_weights(model.get_weights())
+    task.fit(keras, tuned, train, tuning=True)
+    files[TUNED] = folder / "tuned.tflite"
+    at.export.litert(tuned, files[TUNED])
     for label, scheme in FORMATS.items():
         if label.endswith("QAT"):
             quantized = at.quantize_aware(model, scheme)
@@ -196,7 +201,7 @@ def table(name: str, seeds: list[dict]) -> Table:
         ratios = [
             common.median(s[label]["seconds"]) / common.median(s[base]["seconds"]) for s in seeds
         ]
-        trained = "QAT" in label or label in (FLOAT, KERAS)
+        trained = "QAT" in label or label in (FLOAT, TUNED, KERAS)
         rows.append(
             [
                 f"accel_tf, {label}" if label in FORMATS else label,
