@@ -193,7 +193,8 @@ def _to_integers(x, detail):
     if not np.issubdtype(dtype, np.integer) or not np.issubdtype(x.dtype, np.floating) or not scale:
         return x.astype(dtype)
     limits = np.iinfo(dtype)
-    return np.clip(np.round(x / scale) + zero_point, limits.min, limits.max).astype(dtype)
+    # Halves go up, as they do in a fake-quantized model.
+    return np.clip(np.floor(x / scale + 0.5) + zero_point, limits.min, limits.max).astype(dtype)
 
 
 def to_floats(q, detail):

@@ -49,9 +49,14 @@ def sqnr(signal, noisy) -> float:
 
 
 def pictures(member: str, x: np.ndarray) -> np.ndarray:
-    """Returns digits as colour images in the range that a member expects: some take 0 to 255."""
+    """Returns digits as colour images in the range that a member expects: some take 0 to 255.
+
+    With a little noise: a digit has 17 greys, many of them halves of a step where the range is −1 to 1,
+    and these are rounded up or down by their last bit, differently in TensorFlow and in LiteRT.
+    """
     takes_pixels = member.startswith(("EfficientNet", "MobileNetV3", "ConvNeXt"))
     x = np.repeat(keras.ops.image.resize(x, shape_of(member)[:2]), 3, axis=-1)
+    x = np.clip(x + np.random.default_rng(0).normal(0, 0.02, x.shape), 0, 1).astype("float32")
     return x * 255 if takes_pixels else x * 2 - 1
 
 

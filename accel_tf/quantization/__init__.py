@@ -13,6 +13,8 @@ very grid that the integer runtime will use::
     FakeQuantize     one tensor on its grid: observer and rounding              _fake.py
     quantization_error   which layers it hurts, and what to leave in float      _error.py
     Quantized…       the layers that replace those of the model                 _layers.py
+                     those that stay on the grid of their input                 _same_grid.py
+                     biases on the grid of the sums that they go to             _grids.py
                      zeros and clusters, kept in training and in the file       _preserve.py
 
 `accel_tf.export.litert` turns the result into a LiteRT file.
@@ -25,11 +27,11 @@ from accel_tf.quantization._histograms import MSE, Entropy, Percentile
 from accel_tf.quantization._layers import (
     QuantizedAffine,
     QuantizedLayer,
-    QuantizedReshape,
     QuantizedWeights,
 )
 from accel_tf.quantization._observers import Learned, MinMax, MovingAverage, Observer
 from accel_tf.quantization._rewrite import quantize_aware
+from accel_tf.quantization._same_grid import QuantizedReshape
 from accel_tf.quantization._schemes import (
     Float16,
     Int4Weights,

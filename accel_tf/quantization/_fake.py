@@ -12,6 +12,7 @@ import math
 import keras
 import tensorflow as tf
 
+from accel_tf.quantization._grids import Grid, note_grid
 from accel_tf.quantization._observers import MovingAverage
 
 # Below, a step would be so small that biases do not fit into 32 bits of it; above, sums overflow.
@@ -167,7 +168,15 @@ class FakeQuantize(keras.layers.Layer):
             y = self.observer.fake_quantize(self, x)
         else:
             y = tf.cond(self.observer.seen(self), lambda: self.round(x, *self.limits()), lambda: x)
-        return tf.cast(y, dtype)
+        y = tf.cast(y, dtype)
+        return y if frozen() or passes() else note_grid(y, self._grid)
+
+    def _grid(self) -> Grid:
+        low, high = self.limits() if self.fixed is None else self.fixed
+        step = tf.cast((high - low) / (2**self.bits - 1 - self.symmetric), tf.float32)
+        zero = 0.0 if self.symmetric else tf.round(-low / step) - 2 ** (self.bits - 1)
+        known = True if self.fixed else self.observer.seen(self)
+        return Grid(tf.where(known, step, 0.0), zero)
 
     @property
     def calibrating(self) -> bool:

@@ -11,6 +11,7 @@ import tensorflow as tf
 
 from accel_tf.quantization import _activations, _preserve
 from accel_tf.quantization._fake import FakeQuantize, frozen, is_unrounded
+from accel_tf.quantization._grids import Sums, grid_of, note_sums, sums_of
 from accel_tf.quantization._kernels import (
     channel_axes,
     dense,
@@ -19,7 +20,11 @@ from accel_tf.quantization._kernels import (
     pad_causal,
     unflatten,
 )
-from accel_tf.quantization._weights import round_like_activations, round_weights
+from accel_tf.quantization._weights import (
+    round_like_activations,
+    round_weights,
+    steps_of_channels,
+)
 
 _L = keras.layers
 
@@ -155,6 +160,22 @@ class QuantizedLayer(keras.layers.Wrapper):
                 return tf.constant(round_weights(variable.value, self.scheme, axes).numpy())
         return round_weights(variable.value, self.scheme, axes)
 
+    def sums(self, x, variable, axes, training):
+        """Returns the grid of the sums of `x` and a weight, as `Sums` without a rest.
+
+        `None` where no bias is to be rounded: in training, and where a step is unknown.
+        """
+        grid = None if training or frozen() or is_unrounded() else grid_of(x)
+        scheme = self.scheme
+        if grid is None or scheme.weight_type == "float" or scheme.group_size is not None:
+            return None
+        if _preserve.clusters_of(variable):
+            return None
+        value = tf.cast(variable.value, tf.float32)
+        others = set(range(len(value.shape))) - {axis % len(value.shape) for axis in axes}
+        steps = steps_of_channels(value, scheme.weight_bits, sorted(others))
+        return Sums(grid.step * tf.reshape(steps, (-1,)))
+
     def compute(self, inputs, training, mask):
         """Returns the layer's output, before any activation that was split from it."""
         name = _activations.name_of(self.layer)
@@ -200,10 +221,17 @@ class QuantizedWeights(QuantizedLayer):
     rounds_weights = True
 
     def compute(self, inputs, training, mask):
-        kernel = self.layer.kernel
-        rounded = self.rounded(kernel, channel_axes(self.layer))
-        with keras.StatelessScope(state_mapping=[(kernel, rounded)]):
-            return self._run(inputs, rounded)
+        kernel, axes = self.layer.kernel, channel_axes(self.layer)
+        rounded = self.rounded(kernel, axes)
+        values = [(kernel, rounded)]
+        sums, bias = self.sums(inputs, kernel, axes, training), self.layer.bias
+        if sums and bias is not None:
+            on_grid = sums.bias(bias)
+            values.append((bias, on_grid))
+            sums = sums.without(bias, on_grid)
+        with keras.StatelessScope(state_mapping=values):
+            y = self._run(inputs, rounded)
+        return note_sums(y, sums) if sums else y
 
     def _run(self, x, kernel):
         layer = self.layer
@@ -243,11 +271,16 @@ class QuantizedSeparable(QuantizedLayer):
         strides = (*layer.strides, *layer.strides)[-2:]  # TensorFlow takes equal ones only.
         rates = (*layer.dilation_rate, *layer.dilation_rate)[-2:]
         x, padding = pad_causal(layer, x)
-        y = tf.nn.depthwise_conv2d(x, depthwise, (1, *strides, 1), padding, dilations=rates)
-        y = tf.nn.conv2d(self.on_grid(training)("depthwise", y), pointwise, 1, "VALID")
+        x = tf.nn.depthwise_conv2d(x, depthwise, (1, *strides, 1), padding, dilations=rates)
+        x = self.on_grid(training)("depthwise", x)
+        y = tf.nn.conv2d(x, pointwise, 1, "VALID")
+        sums = self.sums(x, layer.pointwise_kernel, (-1,), training)
         if layer.use_bias:
-            y += tf.cast(layer.bias.value, dtype)
-        return layer.activation(tf.squeeze(y, 1) if row else y)
+            bias = sums.bias(layer.bias) if sums else layer.bias.value
+            sums = sums and sums.without(layer.bias, bias)
+            y += tf.cast(bias, dtype)
+        y = layer.activation(tf.squeeze(y, 1) if row else y)
+        return note_sums(y, sums) if sums else y
 
 
 @keras.saving.register_keras_serializable(package="accel_tf")
@@ -319,6 +352,9 @@ class QuantizedAffine(QuantizedLayer):
             # The converter writes a bias of equal numbers with the scale of the first channel, which
             # is wrong for the others, so they differ by much less than a step.
             offset *= 1 + 1e-6 * tf.cast(tf.range(channels) % 2, tf.float32)
+        elif not training and (grid := grid_of(inputs)) is not None and not is_unrounded():
+            largest = 2 ** (self.scheme.weight_bits - 1) - 1
+            offset = Sums(grid.step * tf.abs(factor) / largest).round(offset)
         factor, offset = tf.cast(factor, dtype), tf.cast(offset, dtype)
         shape = inputs.shape[1:]
         x = tf.cast(inputs, dtype)
@@ -331,37 +367,23 @@ class QuantizedAffine(QuantizedLayer):
 
 
 @keras.saving.register_keras_serializable(package="accel_tf")
-class QuantizedReshape(QuantizedLayer):
-    """Runs a Flatten or Reshape as one reshape with every size known except the batch.
+class QuantizedFolded(QuantizedLayer):
+    """Runs a layer that computes y = m·x + b per channel as a part of the kernel before it.
 
-    Keras computes the batch size at run time; in a LiteRT file that would be three more operators.
+    The kernel's weights hold m; b goes to its bias, on the grid of its sums.
 
     Args:
-        layer: A Flatten or Reshape layer.
+        layer: As for `QuantizedAffine`, a BatchNormalization or one with a `gamma`.
         scheme, quantize_inputs, output, activation, kwargs: As for `QuantizedLayer`.
     """
 
     def compute(self, inputs, training, mask):
-        shape = self.layer.compute_output_shape(inputs.shape)[1:]
-        if None in shape:
-            return self.layer(inputs)
-        return tf.reshape(inputs, (-1, *shape))
-
-
-@keras.saving.register_keras_serializable(package="accel_tf")
-class QuantizedResize(QuantizedLayer):
-    """Runs an UpSampling2D or Resizing as the one kernel that LiteRT has for it.
-
-    Args:
-        layer: An UpSampling2D, or a Resizing that only resizes, nearest or bilinear.
-        scheme, quantize_inputs, output, activation, kwargs: As for `QuantizedLayer`.
-    """
-
-    def compute(self, inputs, training, mask):
-        size = self.layer.compute_output_shape(inputs.shape)[1:3]
-        if None in size:
-            return self.layer(inputs)
-        return tf.cast(tf.image.resize(inputs, size, self.layer.interpolation), inputs.dtype)
+        sums = None if training else sums_of(inputs)
+        if sums is None or sums.step.shape[0] != inputs.shape[-1]:
+            return call_layer(self.layer, inputs, training, mask)
+        factor, offset = _affine(self.layer)
+        offset = sums.times(factor).round(offset + sums.rest * factor)
+        return inputs * tf.cast(factor, inputs.dtype) + tf.cast(offset, inputs.dtype)
 
 
 def call_layer(layer, inputs, training, mask):

@@ -10,7 +10,7 @@ import keras
 
 from accel_tf import layers as graphs
 from accel_tf import report
-from accel_tf.quantization import _activations, _layers, _preserve
+from accel_tf.quantization import _activations, _layers, _preserve, _same_grid
 from accel_tf.quantization._rules import Rule, obstacle, rule_of
 from accel_tf.quantization._schemes import Mixed, Scheme, matches
 
@@ -27,6 +27,11 @@ class Step:
     output: str | None = None
     activation: str | None = None
     why: str = ""
+
+    @property
+    def changes(self) -> bool:
+        """Whether the layer computes something else than before, besides handing on its grid."""
+        return self.wrapper is not _same_grid.QuantizedGrid or any(self.quantize_inputs)
 
     @property
     def note(self) -> str:
@@ -127,6 +132,9 @@ class Plan:
         unchanged = given[0] if given and len(set(given)) == 1 else None
         if rule.kind == "identity":
             self.steps[id(layer)] = Step(None, why="nothing to compute in inference")
+            if unchanged:
+                self.steps[id(layer)].scheme = scheme
+                self.steps[id(layer)].wrapper = rule.wrapper
             return unchanged
         if rule.kind == "float":
             why = f"stays in float: LiteRT has no int8 kernel for {type(layer).__name__}"
@@ -156,14 +164,14 @@ class Plan:
 
     def _step(self, layer, rule: Rule, graph) -> Step:
         if rule.kind == "grid":
-            return Step(rule.wrapper, why="int8 on its input's grid" if not rule.wrapper else "")
+            rounds = rule.wrapper is not None and rule.wrapper.rounds_weights
+            return Step(rule.wrapper, why="" if rounds else "int8 on its input's grid")
         follower = graph.fused_into(layer)
         output = None if follower else "observe"
         why = f"computed in one kernel with {self.paths[id(follower)]}" if follower else ""
         if graph.folds(layer):
             why = ", ".join(filter(None, ["folded into the kernel before it", why]))
-            wrapper = _layers.QuantizedLayer if output else None
-            return Step(wrapper, output=output, why=why)
+            return Step(_layers.QuantizedFolded, output=output, why=why)
         if rule.kind in ("kernel", "weights") and hasattr(layer, "activation"):
             name = _activations.name_of(layer)
             return Step(rule.wrapper, None, [], output, None if name == "linear" else name, why)

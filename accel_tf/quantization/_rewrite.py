@@ -132,6 +132,6 @@ def _report(verb, model, plan, made, kept):
     for key, step in plan.steps.items():
         path = plan.paths[key]
         notes = filter(None, [step.note, kept.get(path)])
-        entries = done if key in changed else skipped
+        entries = done if key in changed and step.changes else skipped
         entries.append(report.Entry(path, ", ".join(notes)))
     return report.Report(verb, tuple(done), tuple(skipped))

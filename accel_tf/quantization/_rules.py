@@ -9,7 +9,7 @@ from keras.src.applications.inception_resnet_v2 import CustomScaleLayer
 from keras.src.ops import nn as nn_ops  # Keras exports the functions, not the operations.
 from keras.src.ops import numpy as numpy_ops
 
-from accel_tf.quantization import _activations, _composite, _layers, _recurrent
+from accel_tf.quantization import _activations, _composite, _layers, _recurrent, _same_grid
 
 _L = keras.layers
 
@@ -37,9 +37,9 @@ _AFFINE = Rule("affine", _layers.QuantizedAffine, fuses=True)
 _ACTIVATION = Rule("activation", _layers.QuantizedLayer)
 _SUM = Rule("arithmetic", _layers.QuantizedLayer, fuses=True)
 _ARITHMETIC = Rule("arithmetic", _layers.QuantizedLayer)
-_RESHAPE = Rule("grid", _layers.QuantizedReshape)
-_GRID = Rule("grid")
-_IDENTITY = Rule("identity")
+_RESHAPE = Rule("grid", _same_grid.QuantizedReshape)
+_GRID = Rule("grid", _same_grid.QuantizedGrid)
+_IDENTITY = Rule("identity", _same_grid.QuantizedGrid)
 _NORMALIZATION = Rule("weights", _composite.QuantizedNormalization)
 _RECURRENT = Rule("grid", _recurrent.QuantizedRecurrent)
 _FLOAT = Rule("float")
@@ -85,8 +85,6 @@ RULES: dict[type, Rule] = {
         _layers_of(
             "MaxPooling1D",
             "MaxPooling2D",
-            "AveragePooling1D",
-            "AveragePooling2D",
             "GlobalMaxPooling1D",
             "GlobalMaxPooling2D",
             "ZeroPadding1D",
@@ -99,7 +97,13 @@ RULES: dict[type, Rule] = {
         ),
         _GRID,
     ),
-    **dict.fromkeys(_layers_of("UpSampling2D", "Resizing"), Rule("grid", _layers.QuantizedResize)),
+    **dict.fromkeys(
+        _layers_of("AveragePooling1D", "AveragePooling2D"),
+        Rule("grid", _same_grid.QuantizedAverage),
+    ),
+    **dict.fromkeys(
+        _layers_of("UpSampling2D", "Resizing"), Rule("grid", _same_grid.QuantizedResize)
+    ),
     **dict.fromkeys(
         _layers_of(
             "Dropout",
@@ -120,7 +124,7 @@ RULES: dict[type, Rule] = {
         ),
         _IDENTITY,
     ),
-    StochasticDepth: _IDENTITY,
+    StochasticDepth: Rule("identity"),  # which does not tell the shape of its output
     **dict.fromkeys(
         _layers_of(
             "Conv3D",

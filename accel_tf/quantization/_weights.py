@@ -53,14 +53,22 @@ def fake_quantize_weights(
     others = [axis for axis in range(rank) if axis not in kept]
     count = math.prod(weights.shape[axis] for axis in others)
     if group_size is None or group_size >= count:
-        limit = tf.reduce_max(tf.abs(weights), axis=others, keepdims=True)
+        scale = steps_of_channels(weights, bits, others)
     else:
-        limit = _limits_of_groups(weights, others, sorted(kept), count, group_size)
-    # A channel of zeros stays zero; its scale only has to be different from 0.
-    scale = tf.stop_gradient(tf.maximum(limit, 1e-12)) / (2 ** (bits - 1) - 1)
+        scale = _steps(_limits_of_groups(weights, others, sorted(kept), count, group_size), bits)
     # Plain operations, not tf.quantization.fake_quant: a converter folds them into the constant,
     # folds a BatchNormalization on top, and finds the same per-channel grid again by itself.
     return straight_through(lambda w: tf.round(w / scale) * scale, weights)
+
+
+def steps_of_channels(weights, bits: int, others):
+    """Returns the scale of each channel, with axes of size 1 for the `others`."""
+    return _steps(tf.reduce_max(tf.abs(weights), axis=others, keepdims=True), bits)
+
+
+def _steps(limit, bits):
+    # A channel of zeros stays zero; its scale only has to be different from 0.
+    return tf.stop_gradient(tf.maximum(limit, 1e-12)) / (2 ** (bits - 1) - 1)
 
 
 def _limits_of_groups(weights, others, kept, count, group_size):

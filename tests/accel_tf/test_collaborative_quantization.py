@@ -258,7 +258,7 @@ def test_a_factor_that_is_folded_stays_positive(tmp_path):
     quantized = at.quantize_aware(compress(cnn(), "PC"))
     quantized.save(tmp_path / "q.keras")
     for model in (quantized, keras.models.load_model(tmp_path / "q.keras")):
-        gamma = model.get_layer("norm").gamma
+        gamma = model.get_layer("norm").layer.gamma
         down = np.where(np.arange(24) % 2, 100.0, 0.0).astype("float32")
         keras.optimizers.SGD(1.0).apply([down], [gamma])
         assert gamma.numpy().min() == np.float32(1e-4) and gamma.numpy().max() >= 0.3
