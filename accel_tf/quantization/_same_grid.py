@@ -39,9 +39,8 @@ class QuantizedAverage(QuantizedGrid):
         if grid is None:
             return self.layer(inputs)
 
-        def mean(
-            x,
-        ):  # not by the layer, which would compute in half precision if its policy is that
+        def mean(x):
+            # Not by the layer, which would compute in half precision if its policy is that.
             pool = self.layer
             return keras.ops.average_pool(x, pool.pool_size, pool.strides, pool.padding)
 
