@@ -225,8 +225,8 @@ for name in ("ptq.tflite", "qat.tflite"):
     assert at.inspect_litert(folder / name).int8_fraction == 1.0
 
 # %% [markdown]
-# Of the ten probabilities of all the test images, {glue:text}`identical` % are equal; the others differ by a step or a
-# few, since LiteRT rounds its 32-bit sums by integer arithmetic. What you measured in Keras is what you ship.
+# Of the ten probabilities of all the test images, {glue:text}`identical` % are equal. Where one differs, a sum fell on a half, and the last bit of a float
+# decided. What you measured in Keras is what you ship.
 #
 # ## Measure
 #
@@ -465,23 +465,24 @@ assert whys <= {
     "LiteRT has no int8 kernel for layer normalization",
     "between integers and floats",
 }
-noisy = [row["member"] for row in families if row["ours"]["sqnr"] < 20]
-fragile = [row["member"] for row in families if row["ours"]["sqnr_float"] < 25]
-assert set(noisy) <= set(fragile)
-assert all(row["ours"]["sqnr"] > row["ours"]["sqnr_float"] - 3 for row in families)
+least = min(families, key=lambda row: row["ours"]["sqnr"])
+fragile = min(families, key=lambda row: row["ours"]["sqnr_float"])
+assert least["ours"]["sqnr"] > 19 and 10 > fragile["ours"]["sqnr_float"]
 peer = sum("operators" in row["tfmot"] for row in families)
 assert peer < len(families)
 glue("families", len(families), display=False)
-glue("noisy", ", ".join(noisy) or "none", display=False)
+glue("least", f"{least['ours']['sqnr']:.1f}", display=False)
+glue("fragile", fragile["member"], display=False)
+glue("fragile_db", f"{fragile['ours']['sqnr_float']:.0f}", display=False)
 glue("peer", peer, display=False)
 
 # %% [markdown]
 # All {glue:text}`families` families arrive; with TFMOT, {glue:text}`peer` do. What computes in float are the layer normalizations of ConvNeXt, for which LiteRT
 # has no integer kernel, and the report of the export says so.
 #
-# The file differs from the model by no more than the model from its float form. Both add up the same numbers, but not to the same last bit, and now and then
-# a sum falls to the other side of a half. A network that magnifies small differences, as one hardly trained may, does so with these as
-# well as with those of rounding itself. So where 8 bits are few, the file is as far off as they are: below 20 dB in this table are {glue:text}`noisy`.
+# Between file and model are {glue:text}`least` dB or more. Both add up the same numbers, with biases on the same grid, but floats not to the last bit, so
+# that one sum in some ten thousand falls to the other side of a half. A network that magnifies small differences, as these do after so few steps, carries that on;
+# and it does the same with rounding itself: 8 bits leave {glue:text}`fragile_db` dB of {glue:text}`fragile`.
 # {py:func}`accel_tf.quantization.quantization_error` tells which layers to spare, and {py:class}`accel_tf.quantization.Mixed` spares them.
 
 # %% [markdown]
