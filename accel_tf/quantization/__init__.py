@@ -24,11 +24,7 @@ from accel_tf.quantization._calibrate import calibrate
 from accel_tf.quantization._error import QuantizationError, quantization_error
 from accel_tf.quantization._fake import FakeQuantize, observing
 from accel_tf.quantization._histograms import MSE, Entropy, Percentile
-from accel_tf.quantization._layers import (
-    QuantizedAffine,
-    QuantizedLayer,
-    QuantizedWeights,
-)
+from accel_tf.quantization._layers import QuantizedAffine, QuantizedLayer, QuantizedWeights
 from accel_tf.quantization._observers import Learned, MinMax, MovingAverage, Observer
 from accel_tf.quantization._rewrite import quantize_aware
 from accel_tf.quantization._same_grid import QuantizedReshape

@@ -171,9 +171,7 @@ class QuantizedLayer(keras.layers.Wrapper):
             return None
         if _preserve.clusters_of(variable):
             return None
-        value = tf.cast(variable.value, tf.float32)
-        others = set(range(len(value.shape))) - {axis % len(value.shape) for axis in axes}
-        steps = steps_of_channels(value, scheme.weight_bits, sorted(others))
+        steps = steps_of_channels(tf.cast(variable.value, tf.float32), scheme.weight_bits, axes)
         return Sums(grid.step * tf.reshape(steps, (-1,)))
 
     def compute(self, inputs, training, mask):
@@ -353,8 +351,8 @@ class QuantizedAffine(QuantizedLayer):
             # is wrong for the others, so they differ by much less than a step.
             offset *= 1 + 1e-6 * tf.cast(tf.range(channels) % 2, tf.float32)
         elif not training and (grid := grid_of(inputs)) is not None and not is_unrounded():
-            largest = 2 ** (self.scheme.weight_bits - 1) - 1
-            offset = Sums(grid.step * tf.abs(factor) / largest).round(offset)
+            steps = steps_of_channels(factor, self.scheme.weight_bits, (0,))
+            offset = Sums(grid.step * steps).round(offset)
         factor, offset = tf.cast(factor, dtype), tf.cast(offset, dtype)
         shape = inputs.shape[1:]
         x = tf.cast(inputs, dtype)

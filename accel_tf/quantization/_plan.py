@@ -131,10 +131,9 @@ class Plan:
         rule = self._check(call)
         unchanged = given[0] if given and len(set(given)) == 1 else None
         if rule.kind == "identity":
-            self.steps[id(layer)] = Step(None, why="nothing to compute in inference")
-            if unchanged:
-                self.steps[id(layer)].scheme = scheme
-                self.steps[id(layer)].wrapper = rule.wrapper
+            wrapper = rule.wrapper if unchanged else None
+            step = Step(wrapper, scheme, why="nothing to compute in inference")
+            self.steps[id(layer)] = step
             return unchanged
         if rule.kind == "float":
             why = f"stays in float: LiteRT has no int8 kernel for {type(layer).__name__}"

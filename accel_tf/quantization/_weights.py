@@ -48,21 +48,27 @@ def fake_quantize_weights(
     [[7.0, -14.0], [1.0, 4.0]]
     """
     weights = tf.convert_to_tensor(weights)
-    rank = len(weights.shape)
-    kept = {axis % rank for axis in axes}
-    others = [axis for axis in range(rank) if axis not in kept]
+    others, kept = _split(weights, axes)
     count = math.prod(weights.shape[axis] for axis in others)
     if group_size is None or group_size >= count:
-        scale = steps_of_channels(weights, bits, others)
+        scale = steps_of_channels(weights, bits, axes)
     else:
-        scale = _steps(_limits_of_groups(weights, others, sorted(kept), count, group_size), bits)
+        scale = _steps(_limits_of_groups(weights, others, kept, count, group_size), bits)
     # Plain operations, not tf.quantization.fake_quant: a converter folds them into the constant,
     # folds a BatchNormalization on top, and finds the same per-channel grid again by itself.
     return straight_through(lambda w: tf.round(w / scale) * scale, weights)
 
 
-def steps_of_channels(weights, bits: int, others):
-    """Returns the scale of each channel, with axes of size 1 for the `others`."""
+def _split(weights, axes) -> tuple[list[int], list[int]]:
+    """Returns the other axes of a tensor, and these, both in order."""
+    rank = len(weights.shape)
+    kept = {axis % rank for axis in axes}
+    return [axis for axis in range(rank) if axis not in kept], sorted(kept)
+
+
+def steps_of_channels(weights, bits: int, axes: tuple[int, ...]):
+    """Returns the scale of each channel, with other axes than `axes` of size 1."""
+    others, _ = _split(weights, axes)
     return _steps(tf.reduce_max(tf.abs(weights), axis=others, keepdims=True), bits)
 
 

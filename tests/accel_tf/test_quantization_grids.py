@@ -69,7 +69,7 @@ def test_the_file_has_the_numbers_of_the_model(name, tmp_path):
     assert np.mean(np.abs(found - expected) > step / 2) <= SHARE
 
 
-def test_a_bias_behind_a_layer_in_float_stays_what_it_is():
+def test_a_bias_stays_what_it_is_where_activations_are_floats():
     model = _stack((8,), L.Dense(8, name="before"), L.Dense(4, name="after", **BIAS))
     x = np.random.default_rng(0).normal(size=(32, 8)).astype("float32")
     quantized = at.calibrate(model, x, at.Int8Weights(), verbose=0)
