@@ -160,7 +160,9 @@ def describe(outcome: dict) -> str:
         return outcome["absent"]
     rest = sum(outcome["float"].values())
     text = f"{outcome['operators']} operators, {rest or 'none'} in float"
-    return f"{text}, {outcome['sqnr']:.0f} dB" if "sqnr" in outcome else text
+    if "sqnr" not in outcome:
+        return text
+    return f"{text}, {outcome['sqnr']:.0f} dB" if outcome["sqnr"] < 200 else f"{text}, exact"
 
 
 def table(rows: list[dict]) -> Table:

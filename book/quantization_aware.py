@@ -439,6 +439,12 @@ import json
 with open("_data/quantization_families.json") as file:
     rows = json.load(file)["rows"]
 rows = [row for row in rows if "absent" not in row["ours"]]
+
+
+def decibels(value):
+    return f"{value:.1f}" if value < 200 else "exact"
+
+
 families = [row for row in rows if "operators" in row["ours"]]
 at.report.Table(
     ("model", "operators", "in float", "8 bits [dB]", "file [dB]", "TFMOT, in float"),
@@ -447,8 +453,8 @@ at.report.Table(
             row["member"],
             row["ours"]["operators"],
             sum(row["ours"]["float"].values()),
-            f"{row['ours']['sqnr_float']:.1f}",
-            f"{row['ours']['sqnr']:.1f}",
+            decibels(row["ours"]["sqnr_float"]),
+            decibels(row["ours"]["sqnr"]),
             sum(row["tfmot"].get("float", {}).values())
             if "operators" in row["tfmot"]
             else "refuses",
@@ -481,7 +487,7 @@ glue("peer", peer, display=False)
 # has no integer kernel, and the report of the export says so.
 #
 # Between file and model are {glue:text}`least` dB or more. Both add up the same numbers, with biases on the same grid, but floats not to the last bit, so
-# that one sum in some ten thousand falls to the other side of a half. A network that magnifies small differences, as these do after so few steps, carries that on;
+# that one sum in some ten thousand falls to the other side of a half. A network that magnifies small differences, as some of these do after so few steps, carries that on;
 # and it does the same with rounding itself: 8 bits leave {glue:text}`fragile_db` dB of {glue:text}`fragile`.
 # {py:func}`accel_tf.quantization.quantization_error` tells which layers to spare, and {py:class}`accel_tf.quantization.Mixed` spares them.
 
