@@ -178,7 +178,7 @@ class QuantizedAttention(QuantizedLayer):
         if quantizer is None:
             return tf.where(mask, scores, scores.dtype.min / 2)
         if frozen():
-            return tf.where(mask, on_grid("scores", scores), quantizer.range[0])
+            return tf.where(mask, on_grid("scores", scores), quantizer.ends[0])
         # Clipped to the low end of the range, which lies that much lower while it is observed.
         low = tf.reduce_min(scores) - _MASKED if is_observing(training) else scores.dtype.min / 2
         return on_grid("scores", tf.where(mask, scores, low))

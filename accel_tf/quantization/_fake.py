@@ -161,7 +161,7 @@ class FakeQuantize(keras.layers.Layer):
         elif self.fixed is not None:
             y = self.round(x, *self.fixed)
         elif _mode.get() == "freeze":
-            y = self.round(x, *self.range)
+            y = self.round(x, *self.ends)
         elif is_observing(training):
             self.used = True
             self.observer.observe(self, x)
@@ -217,7 +217,7 @@ class FakeQuantize(keras.layers.Layer):
             if self.built and self.observer.seen(self):
                 # Under a strategy the values of variables are no tensors yet.
                 self._check(*(float(tf.convert_to_tensor(x)) for x in self.observer.range(self)))
-                low, high = self.limits()
+                low, high = self.grid(*self.observer.range(self))
                 return float(low), float(high)
         raise ValueError(
             f"The range of {self.path or self.name!r} is unknown: no data has been seen. "
@@ -235,6 +235,19 @@ class FakeQuantize(keras.layers.Layer):
         )
 
     @property
+    def ends(self) -> tuple[float, float]:
+        """The lowest and the highest number of the grid: `range`, shifted so that 0 falls on it.
+
+        Raises:
+            ValueError: As for `range`.
+        """
+        if self.range == self.fixed:
+            return self.fixed
+        with tf.init_scope():
+            low, high = self.limits()
+            return float(low), float(high)
+
+    @property
     def scale(self) -> float:
         """The step between neighbours on the grid, in the units of the activation."""
         low, high = self.range
@@ -243,14 +256,22 @@ class FakeQuantize(keras.layers.Layer):
     @property
     def zero_point(self) -> int:
         """The integer that stands for 0, for integers from −2^(bits−1) up."""
-        return 0 if self.symmetric else round(-self.range[0] / self.scale) - 2 ** (self.bits - 1)
+        return 0 if self.symmetric else round(-self.ends[0] / self.scale) - 2 ** (self.bits - 1)
 
     def limits(self) -> tuple:
-        """Returns the ends of the grid as tensors: the observer's range, 0 included."""
-        return self.grid(*self.observer.range(self))
+        """Returns the ends of the grid as tensors."""
+        low, high = self.grid(*self.observer.range(self))
+        if self.symmetric:
+            return low, high
+        # TensorFlow and the converter would shift it as well, but not the same way where 0 is halfway
+        # between two numbers of the grid, as for images in −1 to 1.
+        steps = 2**self.bits - 1
+        step = (high - low) / steps
+        zero = tf.round(-low * steps / (high - low))
+        return -zero * step, (steps - zero) * step
 
     def grid(self, low, high) -> tuple:
-        """Returns the ends of the grid for the range of an observer, tensors of any shape."""
+        """Returns the range of an observer with 0 included, tensors of any shape."""
         low, high = tf.minimum(low, 0.0), tf.maximum(high, 0.0)
         # A tensor that is always 0 has no scale; any will do.
         high = tf.where(high - low > _NARROWEST, high, low + 1.0)

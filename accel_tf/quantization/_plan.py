@@ -324,14 +324,34 @@ class _Graph:
         return found[0] if len(found) == 1 else None
 
     def _only_reader(self, call):
-        while len(call.outputs) == 1 and id(call.outputs[0]) not in self.outputs:
-            readers = self.readers.get(id(call.outputs[0]), [])
-            if len(readers) != 1:
+        """Returns the one call that reads the output of `call`, past layers that do nothing.
+
+        Equal activations of one tensor are one operator in the file: of them it is the first.
+        """
+        readers = self._readers_of(call)
+        if not readers:
+            return None
+        first, *others = (self._same_in_file(reader.layer) for reader in readers)
+        same = all(first is not None and first == other for other in others)
+        return readers[0] if same else None
+
+    def _readers_of(self, call):
+        """Returns who reads the output, past layers that do nothing; `None` if the caller does."""
+        if len(call.outputs) != 1 or id(call.outputs[0]) in self.outputs:
+            return None
+        found = []
+        for reader in self.readers.get(id(call.outputs[0]), []):
+            more = self._readers_of(reader) if _is_identity(reader.layer) else [reader]
+            if more is None:
                 return None
-            call = readers[0]
-            if not _is_identity(call.layer):
-                return call
-        return None
+            found += more
+        return found
+
+    def _same_in_file(self, layer):
+        """Returns what makes activations of one tensor equal; `None` for any other layer."""
+        name = _activations.name_of(layer) if self._kind(layer) == "activation" else None
+        once = len(self.by_layer[id(layer)]) == 1
+        return (name, self.plan.scheme_of(layer)) if name in _activations.FUSED and once else None
 
 
 def _is_identity(layer):

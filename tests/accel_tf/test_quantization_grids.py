@@ -28,6 +28,15 @@ def _norm():
     )
 
 
+def _read_by_equal_activations():
+    image = keras.Input(IMAGE)
+    x = _norm()(L.Conv2D(24, 3, use_bias=False)(image))
+    pooled = L.MaxPooling2D(2)(L.ReLU()(x))
+    return keras.Model(
+        image, L.Concatenate()([pooled, L.MaxPooling2D(2)(L.ReLU()(L.Dropout(0.1)(x)))])
+    )
+
+
 IMAGE, SIGNAL = (16, 16, 8), (64, 8)
 BIAS = {"bias_initializer": "random_normal"}
 MODELS = {
@@ -51,8 +60,13 @@ MODELS = {
     "means of few at the border": lambda: _stack(
         IMAGE, L.ReLU(), L.AveragePooling2D(3, 1, "same"), L.Conv2D(24, 1, use_bias=False)
     ),
+    "read by equal activations": _read_by_equal_activations,
     "means of a signal": lambda: _stack(SIGNAL, L.AveragePooling1D(4), L.Dense(128)),
 }
+
+
+def _last_step(quantized):
+    return [v.scale for _, v in at.layers.walk(quantized) if hasattr(v, "scale")][-1]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -64,9 +78,25 @@ def test_the_file_has_the_numbers_of_the_model(name, tmp_path):
     expected = np.asarray(quantized(x))
     at.export.litert(quantized, tmp_path / "m.tflite")
     found = at.export.run_litert(tmp_path / "m.tflite", x)
-    step = [layer for layer in at.layers.walk(quantized) if hasattr(layer[1], "scale")][-1][1].scale
     assert expected.size > 30_000
-    assert np.mean(np.abs(found - expected) > step / 2) <= SHARE
+    assert np.mean(np.abs(found - expected) > _last_step(quantized) / 2) <= SHARE
+
+
+@pytest.mark.parametrize("bound", [1.0, 1.7, 3.0])
+def test_zero_is_on_the_same_integer_where_it_is_halfway_between_two(bound, tmp_path):
+    model = _stack(IMAGE, L.Conv2D(24, 3), L.ReLU())
+    x = np.random.default_rng(0).uniform(-bound, bound, (16, *IMAGE)).astype("float32")
+    x[0, 0, 0, :2] = -bound, bound
+    quantized = at.calibrate(model, x, verbose=0)
+    quantizer = quantized.layers[0]
+    low, high = quantizer.ends
+    np.testing.assert_allclose(quantizer.range, (-bound, bound), rtol=1e-6)
+    np.testing.assert_allclose((low, high), (-128 * quantizer.scale, 127 * quantizer.scale), 1e-6)
+    assert quantizer.zero_point == 0
+    at.export.litert(quantized, tmp_path / "m.tflite")
+    found = at.export.run_litert(tmp_path / "m.tflite", x)
+    differ = np.abs(found - quantized(x)) > _last_step(quantized) / 2
+    assert np.mean(differ) <= SHARE
 
 
 def test_a_bias_stays_what_it_is_where_activations_are_floats():
