@@ -44,7 +44,10 @@ def onnx(
 
     A quantized model keeps its numbers: each rounded activation is a pair of QuantizeLinear and
     DequantizeLinear, each rounded weight is stored as int8 with a DequantizeLinear per channel
-    (4-bit weights too), or as float16. Runtimes compute such pairs in integers where they can.
+    (4-bit weights too), or as float16. Runtimes compute such pairs in integers where they can. On x86
+    processors without VNNI, onnxruntime's kernels then saturate sums of two products at 16 bits, which
+    shows in the outputs, unless the session option `session.x64quantprecision` is "1"; onnxruntime
+    1.32 cannot load unrolled recurrent layers with it. `verify` runs the pairs in float.
     Weights in groups are stored as float32, as this opset knows no groups, and so is the table of
     an int8 embedding, whose grid is that of an activation.
 
@@ -201,10 +204,12 @@ def _expanding(name, weights, axis, scheme, helper, numpy_helper):
     if grid is None or grid.group is not None:
         return None
     one = grid.axis is None
-    scales = grid.scales[:, 0]
+    scales = grid.scales[0, 0] if one else grid.scales[:, 0]
     tensors = [
         numpy_helper.from_array(grid.integers, name + "_integers"),
-        numpy_helper.from_array(scales[0] if one else scales, name + "_scale"),
+        numpy_helper.from_array(scales, name + "_scale"),
+        # Left out it would be 0 as well, but onnxruntime's session.x64quantprecision needs it.
+        numpy_helper.from_array(np.zeros(scales.shape, np.int8), name + "_zero"),
     ]
     options = {} if one else {"axis": grid.axis}
     inputs = [tensor.name for tensor in tensors]
