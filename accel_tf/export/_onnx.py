@@ -47,9 +47,9 @@ def onnx(
     (4-bit weights too), or as float16. Runtimes compute such pairs in integers where they can. On x86
     processors without VNNI, onnxruntime's kernels then saturate sums of two products at 16 bits, which
     shows in the outputs, unless the session option `session.x64quantprecision` is "1"; onnxruntime
-    1.32 cannot load unrolled recurrent layers with it. `verify` runs the pairs in float.
-    Weights in groups are stored as float32, as this opset knows no groups, and so is the table of
-    an int8 embedding, whose grid is that of an activation.
+    1.32 cannot load unrolled recurrent layers with it. `verify` sets it, and runs the pairs in float
+    where it cannot. Weights in groups are stored as float32, as this opset knows no groups, and so is
+    the table of an int8 embedding, whose grid is that of an activation.
 
     Args:
         model: A functional or sequential Keras model. float16 computation is exported as float32.

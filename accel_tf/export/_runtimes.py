@@ -4,7 +4,7 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
-from accel_tf._litert import LiteRTRunner, litert_module, to_floats
+from accel_tf._litert import LiteRTRunner, litert_module, quiet, to_floats
 from accel_tf.export._graph import has_graph, input_names, output_names
 from accel_tf.export._onnx import onnx_module
 from accel_tf.export._weights import without_groups
@@ -84,17 +84,25 @@ class _Watched(LiteRTRunner):
 class ONNX:
     """An `.onnx` file in onnxruntime."""
 
-    name = "onnxruntime"
-
     def __init__(self, path):
         self.path = path
-        self._session = self._open(path.read_bytes())
+        self.name, levels = "onnxruntime", onnx_module("onnxruntime").GraphOptimizationLevel
+        failure = onnx_module("onnxruntime.capi.onnxruntime_pybind11_state").Fail
+        self._plain = levels.ORT_DISABLE_ALL
+        content = path.read_bytes()
+        try:
+            with quiet():
+                self._session = self._open(content, levels.ORT_ENABLE_ALL)
+        except failure:  # Its rewriting trips over unrolled recurrent layers.
+            self.name += " without integer kernels"
+            self._session = self._open(content, self._plain)
 
-    def _open(self, content):
+    def _open(self, content, level):
         library = onnx_module("onnxruntime")
         options = library.SessionOptions()
-        # The operators as ONNX defines them: fused into integer kernels, they saturate without VNNI.
-        options.graph_optimization_level = library.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        options.graph_optimization_level = level
+        # Without it, integer kernels saturate at 16 bits where a processor has no VNNI.
+        options.add_session_config_entry("session.x64quantprecision", "1")
         return library.InferenceSession(content, options, providers=["CPUExecutionProvider"])
 
     @property
@@ -115,7 +123,7 @@ class ONNX:
         names = [name for node in proto.graph.node for name in node.output if name]
         more = [library.ValueInfoProto(name=name) for name in names if name not in present]
         proto.graph.output.extend(more)
-        values = self._run(self._open(proto.SerializeToString()), names, arrays)
+        values = self._run(self._open(proto.SerializeToString(), self._plain), names, arrays)
         return [
             (name, value.astype(np.float32))
             for name, value in zip(names, values, strict=True)

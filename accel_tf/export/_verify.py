@@ -42,7 +42,8 @@ class Verification:
 
     Attributes:
         path: The file.
-        runtime: What ran it: `"LiteRT"`, `"onnxruntime"` or `"TensorFlow"`.
+        runtime: What ran it: `"LiteRT"`, `"onnxruntime"` or `"TensorFlow"`; or
+            `"onnxruntime without integer kernels"`, for a file that it cannot load with them.
         sqnr: Signal-to-quantization-noise ratio of the outputs in dB, 10·log₁₀(Σy² / Σ(y − ŷ)²); of
             several outputs the lowest.
         largest_difference: The largest absolute difference of any output.

@@ -241,8 +241,9 @@ class FakeQuantize(keras.layers.Layer):
         Raises:
             ValueError: As for `range`.
         """
-        if self.range == self.fixed:
+        if self.fixed is not None:
             return self.fixed
+        _ = self.range  # An unknown range is an error.
         with tf.init_scope():
             low, high = self.limits()
             return float(low), float(high)
