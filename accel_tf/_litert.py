@@ -193,8 +193,9 @@ def _to_integers(x, detail):
     if not np.issubdtype(dtype, np.integer) or not np.issubdtype(x.dtype, np.floating) or not scale:
         return x.astype(dtype)
     limits = np.iinfo(dtype)
-    # Halves go up, as they do in a fake-quantized model.
-    return np.clip(np.floor(x / scale + 0.5) + zero_point, limits.min, limits.max).astype(dtype)
+    # As LiteRT's own operator does, halves to even.
+    steps = np.rint(x.astype(np.float32) * (np.float32(1) / np.float32(scale)))
+    return np.clip(steps + zero_point, limits.min, limits.max).astype(dtype)
 
 
 def to_floats(q, detail):

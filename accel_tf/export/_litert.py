@@ -150,7 +150,7 @@ class _Plan:
 
     def convert(self, batch_size) -> bytes:
         """Returns the content of the file, weights-only schemes left aside."""
-        entered = floating() if self.wide else freezing()
+        entered = floating() if self.wide else freezing(integers=True)
         with quiet() as log, entered, tempfile.TemporaryDirectory() as folder:
             try:
                 converter = _converter(plain(self.model), batch_size, folder)

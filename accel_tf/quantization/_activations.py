@@ -1,14 +1,20 @@
 """Activations on the integer grid: which kernel computes each, and where that rounds."""
 
+import functools
+import math
+
 import keras
 import tensorflow as tf
 
 from accel_tf.layers import Operator
+from accel_tf.quantization._grids import has_grid, moved, note_steps, steps_of
+from accel_tf.quantization._integers import hard_swish, product
 
 _L = keras.layers
 
 # Computed inside the kernel before them.
 FUSED = ("linear", "relu", "relu6")
+_ENDS = {"linear": (-math.inf, math.inf), "relu": (0.0, math.inf), "relu6": (0.0, 6.0)}
 
 # Ranges that the integer kernels prescribe for their output, in steps of 1/256 or 1/128.
 FIXED = {
@@ -25,6 +31,9 @@ COMPOSED = {
     "silu": {"gate": "sigmoid"},
     "hard_sigmoid": {"clipped": None},
 }
+
+# What `apply` computes, and not the layer.
+APPLIED = (*COMPOSED, "hard_silu")
 
 # No integer kernel: the tensor becomes float for them, and is quantized again.
 FLOAT = ("elu", "selu", "celu", "softplus", "softsign", "mish", "log_softmax", "log_sigmoid")
@@ -101,6 +110,29 @@ def float_island(name: str | None) -> str:
     return f"LiteRT has no int8 kernel for {name}" if name in FLOAT else ""
 
 
+def note_clipped(name: str, x, y):
+    """Notes on `y` how the runtime computes it: an activation that clips `x`.
+
+    In the kernel that computes `x`, or, if that is on a grid already, on its way to another grid.
+
+    Args:
+        name: One of `FUSED`.
+        x, y: Tensors.
+
+    Returns:
+        `y`.
+    """
+    steps = steps_of(x) or (has_grid(x) and functools.partial(moved, x))
+    if not steps:
+        return y
+    low, high = _ENDS[name]
+
+    def clipped(grid):
+        return tf.clip_by_value(steps(grid), low / grid.step, high / grid.step)
+
+    return note_steps(y, clipped)
+
+
 def apply(name: str, x, on_grid):
     """Applies the activation called `name`.
 
@@ -110,7 +142,10 @@ def apply(name: str, x, on_grid):
         on_grid: A function `(name, tensor)` that rounds the tensors named by `inside(name)`.
     """
     if name == "silu":
-        return x * on_grid("gate", tf.sigmoid(x))
+        return product(x, on_grid("gate", tf.sigmoid(x)))
     if name == "hard_sigmoid":
         return on_grid("clipped", tf.nn.relu6(x + 3.0)) * (1 / 6)
-    return keras.activations.get(name)(x)
+    y = keras.activations.get(name)(x)
+    if name == "hard_silu" and has_grid(x):
+        return note_steps(y, functools.partial(hard_swish, x))
+    return y

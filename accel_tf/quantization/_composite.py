@@ -6,6 +6,8 @@ import tensorflow as tf
 
 from accel_tf.quantization import _activations, _preserve
 from accel_tf.quantization._fake import frozen, is_observing, passes
+from accel_tf.quantization._grids import note_sums, sums_of
+from accel_tf.quantization._integers import total
 from accel_tf.quantization._kernels import channel_axes, einsum_dense
 from accel_tf.quantization._layers import QuantizedLayer
 from accel_tf.quantization._weights import round_like_activations
@@ -61,7 +63,10 @@ class QuantizedScaledSum(QuantizedLayer):
 
     def compute(self, inputs, training, mask):
         x, y = inputs
-        return x + self.on_grid(training)("scaled", y * self.layer.scale)
+        scaled = y * self.layer.scale
+        if sums := sums_of(y):
+            note_sums(scaled, sums.times(self.layer.scale))
+        return total(x, self.on_grid(training)("scaled", scaled))
 
     def compute_output_shape(self, input_shape):
         return input_shape[0]
@@ -83,10 +88,11 @@ class QuantizedOperator(QuantizedLayer):
             return constant
 
         name = _activations.name_of(self.layer)
-        if name in _activations.COMPOSED:
+        if name in _activations.APPLIED:
             return _activations.apply(name, inputs, self.on_grid(training))
         inputs_dtype = keras.tree.flatten(inputs)[0].dtype
-        return self.layer.run(inputs, rounded)
+        inputs = self.on_one_grid(inputs)
+        return self.noted(inputs, self.layer.run(inputs, rounded))
 
 
 @keras.saving.register_keras_serializable(package="accel_tf")

@@ -12,7 +12,7 @@ import math
 import keras
 import tensorflow as tf
 
-from accel_tf.quantization._grids import Grid, note_grid
+from accel_tf.quantization._grids import Grid, note_grid, steps_of
 from accel_tf.quantization._observers import MovingAverage
 
 # Below, a step would be so small that biases do not fit into 32 bits of it; above, sums overflow.
@@ -34,9 +34,13 @@ def observing():
 
 
 @contextlib.contextmanager
-def freezing():
-    """While it is entered, ranges are Python constants, which is what a converter needs."""
-    with _enter("freeze"):
+def freezing(integers: bool = False):
+    """While it is entered, ranges are Python constants, which is what a converter needs.
+
+    Args:
+        integers: Whether the converter makes integer operators, as LiteRT's does.
+    """
+    with _enter("freeze to integers" if integers else "freeze"):
         yield
 
 
@@ -77,7 +81,12 @@ def is_observing(training) -> bool:
 
 def frozen() -> bool:
     """Whether a model is being converted, so that ranges are constants and nothing is trained."""
-    return _mode.get() in ("freeze", "float")
+    return _mode.get() in ("freeze", "freeze to integers", "float")
+
+
+def becomes_integers() -> bool:
+    """Whether a converter makes integer operators of the model now."""
+    return _mode.get() == "freeze to integers"
 
 
 def passes() -> bool:
@@ -160,21 +169,49 @@ class FakeQuantize(keras.layers.Layer):
             y = x
         elif self.fixed is not None:
             y = self.round(x, *self.fixed)
-        elif _mode.get() == "freeze":
+        elif frozen():
             y = self.round(x, *self.ends)
         elif is_observing(training):
             self.used = True
             self.observer.observe(self, x)
             y = self.observer.fake_quantize(self, x)
         else:
-            y = tf.cond(self.observer.seen(self), lambda: self.round(x, *self.limits()), lambda: x)
+            count = steps_of(inputs)
+            y = tf.cond(self.observer.seen(self), lambda: self._apply(x, count), lambda: x)
         y = tf.cast(y, dtype)
-        return y if frozen() or passes() else note_grid(y, self._grid)
+        return y if passes() else note_grid(y, self.current_grid)
 
-    def _grid(self) -> Grid:
+    def _apply(self, x, count):
+        """Returns `x` on the frozen grid, as the runtime rounds it: halves to even.
+
+        Args:
+            x: A float32 tensor.
+            count: A function from the grid to `x` in its steps as an integer kernel computes them, to
+                the last bit; `None` for what is no kernel's output.
+        """
+        low, high = self.limits()
+        if self.bits > 8:  # A float does not tell sums from their neighbours.
+            return self.round(x, low, high)
+        grid = self.current_grid()
+        step, zero = grid.step, grid.zero
+        steps = x * (1 / step)
+        if count:
+            exact = count(grid)
+            steps = tf.where(
+                tf.math.is_finite(exact), exact, steps
+            )  # Not if no input's range is known.
+        lowest, highest = self.symmetric - 2.0 ** (self.bits - 1), 2.0 ** (self.bits - 1) - 1
+        y = tf.clip_by_value(tf.round(steps), lowest - zero, highest - zero) * step
+        inside = tf.cast((x >= low) & (x <= high), x.dtype)
+        return _in_place_of(x * tf.stop_gradient(inside), y)
+
+    def current_grid(self) -> Grid:
+        """Returns the grid as it is now, as tensors."""
         low, high = self.limits() if self.fixed is None else self.fixed
-        step = tf.cast((high - low) / (2**self.bits - 1 - self.symmetric), tf.float32)
-        zero = 0.0 if self.symmetric else tf.round(-low / step) - 2 ** (self.bits - 1)
+        step = tf.cast(high, tf.float64) - tf.cast(low, tf.float64)  # As the converter does.
+        step /= 2**self.bits - 1 - self.symmetric
+        zero = tf.round(-low / tf.cast(step, tf.float32)) - 2 ** (self.bits - 1)
+        zero = 0.0 if self.symmetric else zero
         known = True if self.fixed else self.observer.seen(self)
         return Grid(tf.where(known, step, 0.0), zero)
 
@@ -320,3 +357,9 @@ class FakeQuantize(keras.layers.Layer):
     def from_config(cls, config):
         observer = keras.saving.deserialize_keras_object(config["observer"])
         return cls(**{**config, "observer": observer})
+
+
+@tf.custom_gradient
+def _in_place_of(x, y):
+    """Returns `y` with the gradient of `x`."""
+    return y, lambda dy: (dy, None)

@@ -5,24 +5,34 @@ is a whole number of the product of both steps. What quantizes a tensor notes it
 keeps the grid hands it on. Behind anything else it is unknown, and biases stay what they are.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import tensorflow as tf
 
-_GRID, _SUMS = "_accel_tf_grid", "_accel_tf_sums"
+_GRID, _SUMS, _STEPS = "_accel_tf_grid", "_accel_tf_sums", "_accel_tf_steps"
 
 
 class Grid(NamedTuple):
     """The integers that stand for activations.
 
     Attributes:
-        step: What an integer more is worth, a float32 scalar; 0 while no range is known.
-        zero: The integer that stands for 0, float32 as well.
+        exact_step: What an integer more is worth, a float64 scalar; 0 while no range is known.
+        zero: The integer that stands for 0, a float32 scalar.
     """
 
-    step: tf.Tensor
+    exact_step: tf.Tensor
     zero: tf.Tensor
+
+    @property
+    def step(self):
+        """The step as a file has it, float32."""
+        return tf.cast(self.exact_step, tf.float32)
+
+    def integers(self, x):
+        """Returns the integers, less `zero`, that stand for the elements of a tensor on the grid."""
+        return tf.round(tf.cast(x, tf.float32) / self.step)
 
     def rounded(self, mean, x):
         """Returns `mean(x)` rounded to the grid, as LiteRT does: halves away from the integer 0.
@@ -44,34 +54,56 @@ class Sums(NamedTuple):
     """How the sums of a kernel without activation are rounded.
 
     Attributes:
-        step: The step of the sums, float32, (channels,).
-        rest: What rounding took from the bias, float32, (channels,); 0.0 without bias.
+        source: The step of the input, a float64 scalar; 0 while no range is known.
+        limit: The largest magnitude of each channel's weights, once rounded, float32, (channels,).
+        levels: The integer that stands for it.
+        bias: The bias as it was, float32, (channels,); 0.0 without.
+        rounded: The bias on the grid, which the sums have.
     """
 
-    step: tf.Tensor
-    rest: tf.Tensor | float = 0.0
+    source: tf.Tensor
+    limit: tf.Tensor
+    levels: int
+    bias: tf.Tensor | float = 0.0
+    rounded: tf.Tensor | float = 0.0
+
+    @property
+    def step(self):
+        """The step of the sums, float32, (channels,), to the bit of what the runtime computes."""
+        return tf.cast(self.source, tf.float32) * (self.limit / self.levels)
+
+    def counted(self, x, grid: Grid):
+        """Returns sums in steps of a grid."""
+        return tf.round(x / self.step) * (self.step / grid.step)
 
     def round(self, value):
-        """Returns numbers on the grid of the sums; where their step is 0, it is unknown."""
-        known = self.step > 0
-        step = tf.where(known, self.step, 1.0)
-        return tf.where(known, tf.round(value / step) * step, value)
+        """Returns a bias on the grid of the sums, as the converter rounds it, in float64."""
+        exact = tf.cast(value, tf.float64)
+        step = self.source * (tf.cast(self.limit, tf.float64) / self.levels)
+        known = step > 0
+        integers = exact / tf.where(known, step, 1.0)
+        integers = tf.sign(integers) * tf.floor(tf.abs(integers) + 0.5)
+        return tf.cast(tf.where(known, integers * step, exact), tf.float32)
 
-    def bias(self, variable):
-        """Returns a bias on the grid of the sums."""
+    def with_bias(self, variable):
+        """Returns these sums with a bias, and this on their grid, in the shape of the variable."""
         value = tf.cast(variable.value, tf.float32)
-        if self.step.shape[0] != variable.shape.num_elements():
-            return value  # shared by several channels
-        return tf.reshape(self.round(tf.reshape(value, (-1,))), value.shape)
-
-    def without(self, variable, bias):
-        """Returns these sums with what rounding took from a bias as their rest."""
-        rest = tf.cast(variable.value, tf.float32) - bias
-        return self._replace(rest=tf.reshape(rest, (-1,)))
+        if self.limit.shape[0] != variable.shape.num_elements():
+            return self, value  # shared by several channels
+        flat = tf.reshape(value, (-1,))
+        rounded = self.round(flat)
+        return self._replace(bias=flat, rounded=rounded), tf.reshape(rounded, value.shape)
 
     def times(self, factor):
         """Returns the sums when each channel is multiplied by a factor."""
-        return Sums(self.step * tf.abs(factor), self.rest * factor)
+        scaled = (self.limit * tf.abs(factor), self.bias * factor, self.rounded * factor)
+        return self._replace(**dict(zip(("limit", "bias", "rounded"), scaled, strict=True)))
+
+    def plus(self, offset):
+        """Returns the sums with an offset in their bias, and what to add to them for it."""
+        bias = self.bias + offset
+        rounded = self.round(bias)
+        return self._replace(bias=bias, rounded=rounded), rounded - self.rounded
 
 
 def note_grid(x, grid: Callable[[], Grid]):
@@ -86,6 +118,18 @@ def grid_of(x) -> Grid | None:
     return grid and grid()
 
 
+def has_grid(x) -> bool:
+    """Whether a grid was noted on `x`."""
+    return hasattr(x, _GRID)
+
+
+def moved(x, grid: Grid):
+    """Returns a tensor on a grid, rounded to another, in its steps."""
+    source = grid_of(x)
+    ratio = tf.cast(source.step / grid.step, tf.float64)  # which the runtime computes in float32
+    return tf.cast(tf.round(tf.cast(source.integers(x), tf.float64) * ratio), tf.float32)
+
+
 def note_sums(x, sums: Sums):
     """Notes on `x` that it consists of such sums; returns `x`."""
     setattr(x, _SUMS, sums)
@@ -97,9 +141,32 @@ def sums_of(x) -> Sums | None:
     return getattr(x, _SUMS, None)
 
 
+def note_steps(x, steps: Callable[[Grid], tf.Tensor]):
+    """Notes on `x` how the runtime computes it; returns `x`.
+
+    Args:
+        x: A tensor.
+        steps: A function from a grid to `x` in its steps, which are still to be rounded.
+    """
+    setattr(x, _STEPS, steps)
+    return x
+
+
+def steps_of(x) -> Callable[[Grid], tf.Tensor] | None:
+    """Returns how the runtime computes `x` in steps of a grid, `None` where that is unknown."""
+    if x.dtype != tf.float32:
+        return None  # Sums cannot be told from their neighbours.
+    if steps := getattr(x, _STEPS, None):
+        return steps
+    sums = sums_of(x)
+    if sums is None or sums.limit.shape[0] != x.shape[-1]:
+        return None
+    return functools.partial(sums.counted, x)
+
+
 def hand_on(x, y):
     """Notes on `y` what is noted on `x`; returns `y`."""
-    for name in (_GRID, _SUMS):
+    for name in (_GRID, _SUMS, _STEPS):
         if (noted := getattr(x, name, None)) is not None:
             setattr(y, name, noted)
     return y

@@ -10,8 +10,9 @@ import keras
 import tensorflow as tf
 
 from accel_tf.quantization import _activations, _preserve
-from accel_tf.quantization._fake import FakeQuantize, frozen, is_unrounded
+from accel_tf.quantization._fake import FakeQuantize, becomes_integers, frozen, is_unrounded
 from accel_tf.quantization._grids import Sums, grid_of, note_sums, sums_of
+from accel_tf.quantization._integers import joins, moved, note
 from accel_tf.quantization._kernels import (
     channel_axes,
     dense,
@@ -20,11 +21,7 @@ from accel_tf.quantization._kernels import (
     pad_causal,
     unflatten,
 )
-from accel_tf.quantization._weights import (
-    round_like_activations,
-    round_weights,
-    steps_of_channels,
-)
+from accel_tf.quantization._weights import limits_of_channels, round_like_activations, round_weights
 
 _L = keras.layers
 
@@ -160,8 +157,8 @@ class QuantizedLayer(keras.layers.Wrapper):
                 return tf.constant(round_weights(variable.value, self.scheme, axes).numpy())
         return round_weights(variable.value, self.scheme, axes)
 
-    def sums(self, x, variable, axes, training):
-        """Returns the grid of the sums of `x` and a weight, as `Sums` without a rest.
+    def sums(self, x, variable, rounded, axes, training):
+        """Returns the grid of the sums of `x` and a weight, once rounded, as `Sums` without a bias.
 
         `None` where no bias is to be rounded: in training, and where a step is unknown.
         """
@@ -171,15 +168,29 @@ class QuantizedLayer(keras.layers.Wrapper):
             return None
         if _preserve.clusters_of(variable):
             return None
-        steps = steps_of_channels(tf.cast(variable.value, tf.float32), scheme.weight_bits, axes)
-        return Sums(grid.step * tf.reshape(steps, (-1,)))
+        limits = limits_of_channels(tf.cast(rounded, tf.float32), axes)
+        return Sums(grid.exact_step, tf.reshape(limits, (-1,)), 2 ** (scheme.weight_bits - 1) - 1)
 
     def compute(self, inputs, training, mask):
         """Returns the layer's output, before any activation that was split from it."""
         name = _activations.name_of(self.layer)
-        if name in _activations.COMPOSED:
+        if name in _activations.APPLIED:
             return _activations.apply(name, inputs, self.on_grid(training))
-        return call_layer(self.layer, inputs, training, mask)
+        inputs = self.on_one_grid(inputs)
+        return self.noted(inputs, call_layer(self.layer, inputs, training, mask))
+
+    def on_one_grid(self, inputs):
+        """Returns the inputs, those of a concatenation as a file needs them, see `moved`."""
+        if not becomes_integers() or self.output_quantizer is None or not joins(self.layer):
+            return inputs
+        return [moved(x, self.layer, self.output_quantizer) for x in inputs]
+
+    def noted(self, inputs, y):
+        """Returns `y`, the output for `inputs`, with how the runtime computes it noted on it."""
+        name = _activations.name_of(self.layer)
+        if name in _activations.FUSED:
+            return _activations.note_clipped(name, inputs, y)
+        return note(self.layer, inputs, y)
 
     def compute_mask(self, inputs, previous_mask=None):
         return self.layer.compute_mask(inputs, previous_mask)
@@ -222,11 +233,10 @@ class QuantizedWeights(QuantizedLayer):
         kernel, axes = self.layer.kernel, channel_axes(self.layer)
         rounded = self.rounded(kernel, axes)
         values = [(kernel, rounded)]
-        sums, bias = self.sums(inputs, kernel, axes, training), self.layer.bias
+        sums, bias = self.sums(inputs, kernel, rounded, axes, training), self.layer.bias
         if sums and bias is not None:
-            on_grid = sums.bias(bias)
+            sums, on_grid = sums.with_bias(bias)
             values.append((bias, on_grid))
-            sums = sums.without(bias, on_grid)
         with keras.StatelessScope(state_mapping=values):
             y = self._run(inputs, rounded)
         return note_sums(y, sums) if sums else y
@@ -269,13 +279,14 @@ class QuantizedSeparable(QuantizedLayer):
         strides = (*layer.strides, *layer.strides)[-2:]  # TensorFlow takes equal ones only.
         rates = (*layer.dilation_rate, *layer.dilation_rate)[-2:]
         x, padding = pad_causal(layer, x)
+        kernel = layer.depthwise_kernel
+        sums = self.sums(inputs, kernel, depthwise, (-2, -1), training)
         x = tf.nn.depthwise_conv2d(x, depthwise, (1, *strides, 1), padding, dilations=rates)
-        x = self.on_grid(training)("depthwise", x)
+        x = self.on_grid(training)("depthwise", note_sums(x, sums) if sums else x)
         y = tf.nn.conv2d(x, pointwise, 1, "VALID")
-        sums = self.sums(x, layer.pointwise_kernel, (-1,), training)
+        sums = self.sums(x, layer.pointwise_kernel, pointwise, (-1,), training)
         if layer.use_bias:
-            bias = sums.bias(layer.bias) if sums else layer.bias.value
-            sums = sums and sums.without(layer.bias, bias)
+            sums, bias = sums.with_bias(layer.bias) if sums else (None, layer.bias.value)
             y += tf.cast(bias, dtype)
         y = layer.activation(tf.squeeze(y, 1) if row else y)
         return note_sums(y, sums) if sums else y
@@ -341,24 +352,25 @@ class QuantizedAffine(QuantizedLayer):
         if batch_norm and training and self.layer.trainable:
             return call_layer(self.layer, inputs, training, mask)
         channels = inputs.shape[-1]
-        dtype = inputs.dtype if inputs.dtype.is_floating else self.compute_dtype
+        dtype, sums = inputs.dtype if inputs.dtype.is_floating else self.compute_dtype, None
         factor, offset = (
             tf.broadcast_to(tf.cast(value, tf.float32), (channels,))
             for value in _affine(self.layer)
         )
-        if frozen():
-            # The converter writes a bias of equal numbers with the scale of the first channel, which
-            # is wrong for the others, so they differ by much less than a step.
-            offset *= 1 + 1e-6 * tf.cast(tf.range(channels) % 2, tf.float32)
-        elif not training and (grid := grid_of(inputs)) is not None and not is_unrounded():
-            steps = steps_of_channels(factor, self.scheme.weight_bits, (0,))
-            offset = Sums(grid.step * steps).round(offset)
+        # The converter writes a bias of equal numbers with the scale of the first channel, which is
+        # wrong for the others, so they differ by much less than a step.
+        offset *= 1 + 1e-6 * tf.cast(tf.range(channels) % 2, tf.float32)
+        grid = None if training or frozen() or is_unrounded() else grid_of(inputs)
+        if grid is not None:
+            levels = 2 ** (self.scheme.weight_bits - 1) - 1
+            sums, offset = Sums(grid.exact_step, tf.abs(factor), levels).plus(offset)
         factor, offset = tf.cast(factor, dtype), tf.cast(offset, dtype)
         shape = inputs.shape[1:]
         x = tf.cast(inputs, dtype)
         x = x if len(shape) == 3 else tf.reshape(x, (-1, 1, 1, channels))
         y = tf.nn.depthwise_conv2d(x, factor[None, None, :, None], [1, 1, 1, 1], "VALID") + offset
-        return y if len(shape) == 3 else unflatten(y, inputs, len(shape), (channels,))
+        y = y if len(shape) == 3 else unflatten(y, inputs, len(shape), (channels,))
+        return note_sums(y, sums) if sums else y
 
     def compute_output_shape(self, input_shape):
         return input_shape
@@ -377,11 +389,13 @@ class QuantizedFolded(QuantizedLayer):
 
     def compute(self, inputs, training, mask):
         sums = None if training else sums_of(inputs)
-        if sums is None or sums.step.shape[0] != inputs.shape[-1]:
+        if sums is None or sums.limit.shape[0] != inputs.shape[-1]:
             return call_layer(self.layer, inputs, training, mask)
         factor, offset = _affine(self.layer)
-        offset = sums.times(factor).round(offset + sums.rest * factor)
-        return inputs * tf.cast(factor, inputs.dtype) + tf.cast(offset, inputs.dtype)
+        sums, offset = sums.times(factor).plus(offset)
+        return note_sums(
+            inputs * tf.cast(factor, inputs.dtype) + tf.cast(offset, inputs.dtype), sums
+        )
 
 
 def call_layer(layer, inputs, training, mask):

@@ -174,8 +174,6 @@ class Plan:
         if rule.kind in ("kernel", "weights") and hasattr(layer, "activation"):
             name = _activations.name_of(layer)
             return Step(rule.wrapper, None, [], output, None if name == "linear" else name, why)
-        if rule.kind == "arithmetic" and output is None and rule.wrapper is _layers.QuantizedLayer:
-            return Step(None, why=why)
         if rule.kind == "affine":
             why = why or "one integer kernel"
         return Step(rule.wrapper, output=output, why=why or rule.wrapper.island(layer))

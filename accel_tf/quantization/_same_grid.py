@@ -3,7 +3,7 @@
 import keras
 import tensorflow as tf
 
-from accel_tf.quantization._fake import is_unrounded
+from accel_tf.quantization._fake import frozen, is_unrounded
 from accel_tf.quantization._grids import grid_of, hand_on
 from accel_tf.quantization._layers import QuantizedLayer, call_layer
 
@@ -35,7 +35,7 @@ class QuantizedAverage(QuantizedGrid):
     """
 
     def run(self, inputs, training, mask):
-        grid = None if is_unrounded() else grid_of(inputs)
+        grid = None if frozen() or is_unrounded() else grid_of(inputs)
         if grid is None:
             return self.layer(inputs)
 

@@ -51,7 +51,7 @@ def fake_quantize_weights(
     others, kept = _split(weights, axes)
     count = math.prod(weights.shape[axis] for axis in others)
     if group_size is None or group_size >= count:
-        scale = steps_of_channels(weights, bits, axes)
+        scale = _steps(limits_of_channels(weights, axes), bits)
     else:
         scale = _steps(_limits_of_groups(weights, others, kept, count, group_size), bits)
     # Plain operations, not tf.quantization.fake_quant: a converter folds them into the constant,
@@ -66,10 +66,10 @@ def _split(weights, axes) -> tuple[list[int], list[int]]:
     return [axis for axis in range(rank) if axis not in kept], sorted(kept)
 
 
-def steps_of_channels(weights, bits: int, axes: tuple[int, ...]):
-    """Returns the scale of each channel, with other axes than `axes` of size 1."""
+def limits_of_channels(weights, axes: tuple[int, ...]):
+    """Returns the largest magnitude of each channel, with other axes than `axes` of size 1."""
     others, _ = _split(weights, axes)
-    return _steps(tf.reduce_max(tf.abs(weights), axis=others, keepdims=True), bits)
+    return tf.reduce_max(tf.abs(weights), axis=others, keepdims=True)
 
 
 def _steps(limit, bits):

@@ -1,0 +1,200 @@
+"""What integer kernels compute between tensors, to the last bit, in steps of the grid of their output.
+
+Floats come close to it, but where a result is almost halfway between two integers, close is not enough:
+one output in some hundred thousand would be rounded to the other one, and a deep network magnifies
+that as much as any rounding. So what computes the output of a kernel notes on it how the runtime does, and
+FakeQuantize rounds that. The arithmetic is that of XNNPACK, which has LiteRT's kernels for CPUs, in
+the same order: https://github.com/google/XNNPACK.
+"""
+
+import functools
+import zlib
+
+import keras
+import tensorflow as tf
+from keras.src.ops import numpy as numpy_ops  # Keras exports the functions, not the operations.
+
+from accel_tf.layers import Operator
+from accel_tf.quantization._grids import grid_of, has_grid, note_steps, steps_of
+
+_L = keras.layers
+
+
+def note(layer, inputs, y):
+    """Notes on `y`, the output of a layer or operator, how the runtime computes it, where it is known."""
+    operation = _operation(layer)
+    kernel = _KERNELS.get(type(operation), _no_kernel)
+    return _noted(y, kernel(operation, *keras.tree.flatten(inputs)))
+
+
+def joins(layer) -> bool:
+    """Whether a layer or operator is a concatenation."""
+    return _KERNELS.get(type(_operation(layer))) is _concatenation
+
+
+def _operation(layer):
+    return layer.operation if isinstance(layer, Operator) else layer
+
+
+def total(x, y):
+    """Returns x + y, noted."""
+    return _noted(x + y, _sum(None, x, y))
+
+
+def product(x, y):
+    """Returns x · y, noted."""
+    return _noted(x * y, _product(None, x, y))
+
+
+def _noted(y, steps):
+    return note_steps(y, steps) if steps else y
+
+
+def _no_kernel(operation, *inputs):
+    return None
+
+
+def _counted(x):
+    """Returns the integers of a tensor on a grid, less its zero, and the step."""
+    grid = grid_of(x)
+    return grid.integers(x), grid.step
+
+
+def _sum(operation, *inputs, sign=1.0):
+    if len(inputs) != 2 or not all(map(has_grid, inputs)):
+        return None
+
+    def steps(to):
+        (a, one), (b, other) = map(_counted, inputs)
+        one, other = one / to.step, other / to.step
+        # Both factors as integers, of which the larger one has 21 bits; halves are rounded up.
+        exponent = tf.bitwise.right_shift(tf.bitcast(tf.maximum(one, other), tf.int32), 23) - 127
+        unit = tf.pow(tf.constant(2.0, tf.float64), tf.cast(20 - exponent, tf.float64))
+        one, other = (tf.round(tf.cast(f, tf.float64) * unit) for f in (one, sign * other))
+        sums = tf.cast(a, tf.float64) * one + tf.cast(b, tf.float64) * other
+        return tf.cast(tf.floor(sums / unit + 0.5), tf.float32)
+
+    return steps
+
+
+def _product(operation, *inputs):
+    if len(inputs) != 2 or not all(map(has_grid, inputs)):
+        return None
+
+    def steps(to):
+        (a, one), (b, other) = map(_counted, inputs)
+        return a * b * (one * other / to.step)
+
+    return steps
+
+
+def _mean(operation, *inputs):
+    if not has_grid(inputs[0]):
+        return None
+
+    def steps(to):
+        x, grid = inputs[0], grid_of(inputs[0])
+        axes = list(range(1, len(x.shape) - 1))
+        count = tf.cast(tf.reduce_prod(tf.shape(x)[1:-1]), tf.float32)
+        total = tf.reduce_sum(grid.integers(x) + grid.zero, axes, operation.keepdims)
+        factor = grid.step / to.step * (1 / count)
+        return tf.round(total * factor + (to.zero - grid.zero * count * factor)) - to.zero
+
+    return steps
+
+
+def _concatenation(operation, *inputs):
+    """What comes from a kernel is rounded once, here; what is on a grid already goes to another."""
+
+    def counted(x, to):
+        if steps := steps_of(x):
+            return steps(to)
+        return _moved(x, operation, to) if has_grid(x) else x * (1 / to.step)
+
+    return lambda to: tf.concat([counted(x, to) for x in inputs], operation.axis)
+
+
+def moved(x, layer, quantizer):
+    """Returns a tensor for a concatenation in a file, whose inputs share the grid of its output.
+
+    Left alone, the converter would move a tensor to this grid for all of its readers, and by an operator
+    that takes 8 bits of the ratio of both steps. A product with a constant does it for this one, with
+    24 bits.
+
+    Args:
+        x: An input of the concatenation.
+        layer: The concatenation, a layer or operator.
+        quantizer: The `FakeQuantize` of its output.
+    """
+    if not has_grid(x):
+        return x
+    with tf.init_scope():
+        grid, to = grid_of(x), quantizer.current_grid()
+        same = bool(_same(grid, to))
+    return x if same else x * _nearly_one(_operation(layer))
+
+
+def _nearly_one(operation) -> float:
+    """Returns a factor that a converter keeps, and apart from that of another concatenation."""
+    return 1 + (1 + zlib.crc32(operation.name.encode()) % 999) * 2.0**-23
+
+
+def _moved(x, operation, to):
+    """Returns a tensor on a grid in steps of another, see `moved`."""
+    grid = grid_of(x)
+    unit = tf.constant(_nearly_one(operation) / 255, tf.float32)  # As an integer the factor is 255.
+    a, factor = grid.integers(x), grid.step * unit / to.step
+    return tf.where(_same(grid, to), a, a * 255.0 * factor)
+
+
+def _same(grid, other):
+    return (grid.step == other.step) & (grid.zero == other.zero)
+
+
+def hard_swish(x, to):
+    """Returns the hard swish of a tensor on a grid in steps of another, as LiteRT's own kernel does.
+
+    That is x · clip(x / 6 + 1 / 2, 0, 1) with 16 bits for both factors, rounded half away from 0, but
+    cut off in between: tensorflow/lite/kernels/internal/reference/hard_swish.h.
+    """
+    grid = grid_of(x)
+    a = tf.cast(grid.integers(x), tf.float64) * 128
+    fine = grid.step / 128
+    (out, down), (gate, up) = _multiplier(fine / to.step), _multiplier(fine / (3 / 2**15))
+    more, less = tf.maximum(up - 1, 0.0), tf.maximum(-up, 0.0)
+    slope = _times(_saturated(a * 2.0**more), gate)
+    slope = tf.where(up > 0, _saturated(slope * 2), _away(slope / 2.0**less))
+    slope = tf.floor((slope + 2**15) / 2)
+    y = slope * _times(a, out) / 2**15
+    y = tf.sign(y) * tf.floor(tf.abs(y))
+    return tf.cast(_away(y / 2.0**-down), tf.float32)
+
+
+def _multiplier(ratio):
+    """Returns a float32 scalar as m · 2^e, m from 2^14 to 2^15 − 1, for `_times`."""
+    exponent = tf.bitwise.right_shift(tf.bitcast(ratio, tf.int32), 23) - 126
+    exponent = tf.cast(exponent, tf.float64)
+    m = tf.floor(tf.cast(ratio, tf.float64) * 2.0 ** (15 - exponent) + 0.5)
+    return tf.minimum(m, 2.0**15 - 1), exponent
+
+
+def _times(x, m):
+    return tf.floor(x * m / 2**15 + 0.5)
+
+
+def _away(x):
+    """Returns numbers rounded, halves away from 0."""
+    return tf.sign(x) * tf.floor(tf.abs(x) + 0.5)
+
+
+def _saturated(x):
+    return tf.clip_by_value(x, -(2.0**15), 2.0**15 - 1)
+
+
+_KERNELS = {
+    **dict.fromkeys([_L.Add, numpy_ops.Add], _sum),
+    **dict.fromkeys([_L.Subtract, numpy_ops.Subtract], functools.partial(_sum, sign=-1.0)),
+    **dict.fromkeys([_L.Multiply, numpy_ops.Multiply], _product),
+    **dict.fromkeys([_L.GlobalAveragePooling1D, _L.GlobalAveragePooling2D], _mean),
+    **dict.fromkeys([_L.Concatenate, numpy_ops.Concatenate], _concatenation),
+}
