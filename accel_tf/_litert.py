@@ -202,7 +202,7 @@ def to_floats(q, detail):
     scale, zero_point = detail["quantization"]
     if not np.issubdtype(q.dtype, np.integer) or not scale:
         return q
-    return ((q.astype(np.int32) - zero_point) * scale).astype(np.float32)
+    return (q.astype(np.int32) - zero_point).astype(np.float32) * np.float32(scale)
 
 
 def _natural(name):

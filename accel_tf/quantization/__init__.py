@@ -13,18 +13,21 @@ very grid that the integer runtime will use::
     FakeQuantize     one tensor on its grid: observer and rounding              _fake.py
     quantization_error   which layers it hurts, and what to leave in float      _error.py
     Quantized…       the layers that replace those of the model                 _layers.py
+                     those with a factor and an offset per channel              _affine.py
                      those that stay on the grid of their input                 _same_grid.py
                      biases on the grid of the sums that they go to             _grids.py
+                     what integer kernels compute, to the last bit              _integers.py
                      zeros and clusters, kept in training and in the file       _preserve.py
 
 `accel_tf.export.litert` turns the result into a LiteRT file.
 """
 
+from accel_tf.quantization._affine import QuantizedAffine
 from accel_tf.quantization._calibrate import calibrate
 from accel_tf.quantization._error import QuantizationError, quantization_error
 from accel_tf.quantization._fake import FakeQuantize, observing
 from accel_tf.quantization._histograms import MSE, Entropy, Percentile
-from accel_tf.quantization._layers import QuantizedAffine, QuantizedLayer, QuantizedWeights
+from accel_tf.quantization._layers import QuantizedLayer, QuantizedWeights
 from accel_tf.quantization._observers import Learned, MinMax, MovingAverage, Observer
 from accel_tf.quantization._rewrite import quantize_aware
 from accel_tf.quantization._same_grid import QuantizedReshape

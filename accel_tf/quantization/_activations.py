@@ -7,7 +7,7 @@ import keras
 import tensorflow as tf
 
 from accel_tf.layers import Operator
-from accel_tf.quantization._grids import has_grid, moved, note_steps, steps_of
+from accel_tf.quantization._grids import has_grid, note_steps, requantized, steps_of
 from accel_tf.quantization._integers import hard_swish, product
 
 _L = keras.layers
@@ -122,7 +122,7 @@ def note_clipped(name: str, x, y):
     Returns:
         `y`.
     """
-    steps = steps_of(x) or (has_grid(x) and functools.partial(moved, x))
+    steps = steps_of(x) or (has_grid(x) and functools.partial(requantized, x))
     if not steps:
         return y
     low, high = _ENDS[name]

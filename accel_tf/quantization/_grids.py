@@ -2,7 +2,8 @@
 
 An integer kernel adds up products of an integer of its input and one of its weights, so that its bias
 is a whole number of the product of both steps. What quantizes a tensor notes its grid there, and what
-keeps the grid hands it on. Behind anything else it is unknown, and biases stay what they are.
+keeps the grid hands it on. Behind anything else it is unknown, and biases stay what they are. What
+computes the output of a kernel notes how the runtime does that, to the last bit (_integers.py).
 """
 
 import functools
@@ -123,7 +124,7 @@ def has_grid(x) -> bool:
     return hasattr(x, _GRID)
 
 
-def moved(x, grid: Grid):
+def requantized(x, grid: Grid):
     """Returns a tensor on a grid, rounded to another, in its steps."""
     source = grid_of(x)
     ratio = tf.cast(source.step / grid.step, tf.float64)  # which the runtime computes in float32

@@ -10,7 +10,7 @@ import keras
 
 from accel_tf import layers as graphs
 from accel_tf import report
-from accel_tf.quantization import _activations, _layers, _preserve, _same_grid
+from accel_tf.quantization import _activations, _affine, _layers, _preserve, _same_grid
 from accel_tf.quantization._rules import Rule, obstacle, rule_of
 from accel_tf.quantization._schemes import Mixed, Scheme, matches
 
@@ -170,7 +170,7 @@ class Plan:
         why = f"computed in one kernel with {self.paths[id(follower)]}" if follower else ""
         if graph.folds(layer):
             why = ", ".join(filter(None, ["folded into the kernel before it", why]))
-            return Step(_layers.QuantizedFolded, output=output, why=why)
+            return Step(_affine.QuantizedFolded, output=output, why=why)
         if rule.kind in ("kernel", "weights") and hasattr(layer, "activation"):
             name = _activations.name_of(layer)
             return Step(rule.wrapper, None, [], output, None if name == "linear" else name, why)

@@ -9,7 +9,7 @@ from keras.src.applications.inception_resnet_v2 import CustomScaleLayer
 from keras.src.ops import nn as nn_ops  # Keras exports the functions, not the operations.
 from keras.src.ops import numpy as numpy_ops
 
-from accel_tf.quantization import _activations, _composite, _layers, _recurrent, _same_grid
+from accel_tf.quantization import _activations, _affine, _composite, _layers, _recurrent, _same_grid
 
 _L = keras.layers
 
@@ -33,7 +33,7 @@ class Rule(NamedTuple):
 
 
 _KERNEL = Rule("kernel", _layers.QuantizedWeights, fuses=True)
-_AFFINE = Rule("affine", _layers.QuantizedAffine, fuses=True)
+_AFFINE = Rule("affine", _affine.QuantizedAffine, fuses=True)
 _ACTIVATION = Rule("activation", _layers.QuantizedLayer)
 _SUM = Rule("arithmetic", _layers.QuantizedLayer, fuses=True)
 _ARITHMETIC = Rule("arithmetic", _layers.QuantizedLayer)
