@@ -246,11 +246,10 @@ class QuantizedWeights(QuantizedLayer):
             return dense(layer, x)
         if isinstance(layer, _L.EinsumDense):
             return einsum_dense(layer, x, kernel)
-        # Keras compiles a grouped convolution apart, where a converter loses sight of its layer.
-        grouped = frozen() and getattr(layer, "groups", 1) > 1
-        if grouped or max(getattr(layer, "dilation_rate", (1,))) > 1:
-            return dilated(layer, x, kernel)
-        return layer(x)
+        # Keras compiles a grouped convolution apart, where a converter loses sight of its layer, and
+        # takes the image of a dilated one apart. Only so does that train on every processor.
+        apart = max(getattr(layer, "groups", 1), *getattr(layer, "dilation_rate", (1,))) > 1
+        return dilated(layer, x, kernel) if frozen() and apart else layer(x)
 
 
 @keras.saving.register_keras_serializable(package="accel_tf")

@@ -282,3 +282,21 @@ def test_a_subclassed_model_goes_by_its_graph():
     assert {"block/attention", "both/forward_gru"} <= {
         e.layer for e in at.report_of(quantized).done
     }
+
+
+@pytest.mark.parametrize("name", ["dilated", "dilated depthwise", "causal"])
+def test_dilated_convolutions_train_on_every_processor(name):
+    """TensorFlow's gradient of a convolution with gaps needs oneDNN, which few processors get."""
+    shape = (16, 8) if name == "causal" else (16, 16, 8)
+    copies = [type(v).from_config(v.get_config()) for v in {**IMAGES, **SEQUENCES}[name]]
+    model = at.quantize_aware(stack(shape, *copies))
+
+    @tf.function
+    def gradient(x):
+        with tf.GradientTape() as tape:
+            y = model(x, training=True)
+        return tape.gradient(y, model.trainable_variables)
+
+    graph = gradient.get_concrete_function(tf.zeros((2, *shape))).graph
+    found = [op for op in graph.get_operations() if "BackpropFilter" in op.type]
+    assert found and all(set(op.get_attr("dilations")) == {1} for op in found)
