@@ -75,7 +75,9 @@ class Sums(NamedTuple):
 
     def counted(self, x, grid: Grid):
         """Returns sums in steps of a grid."""
-        return tf.round(x / self.step) * (self.step / grid.step)
+        # Where no range is known yet, they are floats, which a fine step leaves as they are.
+        step = tf.where(self.step > 0, self.step, grid.step * 2.0**-20)
+        return tf.round(x / step) * (step / grid.step)
 
     def round(self, value):
         """Returns a bias on the grid of the sums, as the converter rounds it, in float64."""
