@@ -77,8 +77,9 @@ class Verification:
         rows = [
             (m.layer, m.tensor.split(";")[0] or "–", _decibels(m.sqnr), m.note) for m in self.layers
         ]
+        alike = "SQNR exact" if np.isposinf(self.sqnr) else f"SQNR {_decibels(self.sqnr)} dB"
         title = (
-            f"{self.path.name} in {self.runtime}: SQNR {_decibels(self.sqnr)} dB, largest "
+            f"{self.path.name} in {self.runtime}: {alike}, largest "
             f"difference {self.largest_difference:.3g}, same arg-max {self.agreement:.1%}"
         )
         return report.Table(("layer", "tensor in the file", "SQNR [dB]", "note"), rows, title)

@@ -197,7 +197,8 @@ class FakeQuantize(keras.layers.Layer):
         steps = count(grid) if count else x * (1 / step)
         lowest, highest = self.symmetric - 2.0 ** (self.bits - 1), 2.0 ** (self.bits - 1) - 1
         y = tf.clip_by_value(tf.round(steps), lowest - zero, highest - zero) * step
-        return _in_place_of(x, y, low, high)
+        inside = tf.cast((x >= low) & (x <= high), x.dtype)
+        return _in_place_of(x * tf.stop_gradient(inside), y)
 
     def current_grid(self) -> Grid:
         """Returns the grid as it is now, as tensors."""
@@ -354,10 +355,6 @@ class FakeQuantize(keras.layers.Layer):
 
 
 @tf.custom_gradient
-def _in_place_of(x, y, low, high):
-    """Returns `y` with the gradient of `x`, clipped to what lies between two ends."""
-
-    def gradient(dy):
-        return dy * tf.cast((x >= low) & (x <= high), dy.dtype), None, None, None
-
-    return y, gradient
+def _in_place_of(x, y):
+    """Returns `y` with the gradient of `x`."""
+    return y, lambda dy: (dy, None)
