@@ -130,7 +130,8 @@ def requantized(x, grid: Grid):
     """Returns a tensor on a grid, rounded to another, in its steps."""
     source = grid_of(x)
     ratio = tf.cast(source.step / grid.step, tf.float64)  # which the runtime computes in float32
-    return tf.cast(tf.round(tf.cast(source.integers(x), tf.float64) * ratio), tf.float32)
+    exact = tf.cast(tf.round(tf.cast(source.integers(x), tf.float64) * ratio), tf.float32)
+    return tf.where(source.step > 0, exact, x * (1 / grid.step))
 
 
 def note_sums(x, sums: Sums):
@@ -151,7 +152,12 @@ def note_steps(x, steps: Callable[[Grid], tf.Tensor]):
         x: A tensor.
         steps: A function from a grid to `x` in its steps, which are still to be rounded.
     """
-    setattr(x, _STEPS, steps)
+
+    def where_known(grid):  # The range of an input may not be known yet.
+        exact = steps(grid)
+        return tf.where(tf.math.is_finite(exact), exact, x * (1 / grid.step))
+
+    setattr(x, _STEPS, where_known)
     return x
 
 

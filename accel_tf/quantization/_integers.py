@@ -47,14 +47,7 @@ def product(x, y):
 
 
 def _noted(y, steps):
-    if not steps:
-        return y
-
-    def where_known(to):  # A range that is not known yet has no steps.
-        exact = steps(to)
-        return tf.where(tf.math.is_finite(exact), exact, y * (1 / to.step))
-
-    return note_steps(y, where_known)
+    return note_steps(y, steps) if steps else y
 
 
 def _no_kernel(operation, *inputs):

@@ -257,3 +257,12 @@ def test_only_an_integer_file_moves_the_inputs_of_a_concatenation(tmp_path):
     path = at.export.onnx(quantized, tmp_path / "m.onnx")
     assert "Mul" not in [node.op_type for node in onnx.load(path).graph.node]
     assert at.export.verify(quantized, path, x).sqnr > 40
+
+
+@pytest.mark.parametrize("activation", ["relu", "hard_silu"])
+def test_activations_of_a_tensor_on_an_unknown_grid_are_rounded_as_floats(activation):
+    quantized = at.quantize_aware(_stack((8,), L.Activation(activation)))
+    x = np.random.default_rng(0).normal(size=(32, 8)).astype("float32")
+    output, y = quantized.layers[-1].output_quantizer, keras.activations.get(activation)(x)
+    output(y, training=True)
+    np.testing.assert_allclose(quantized(x), y, atol=0.51 * output.scale)
