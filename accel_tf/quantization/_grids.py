@@ -45,7 +45,7 @@ class Grid(NamedTuple):
         step = tf.where(self.step > 0, self.step, 1.0)
         # Of integers, so that a half is a half.
         y = mean(tf.round(tf.cast(x, tf.float32) / step) + self.zero)
-        y = (tf.sign(y) * tf.floor(tf.abs(y) + 0.5) - self.zero) * step
+        y = (half_away(y) - self.zero) * step
         exact = mean(x)
         y = tf.where(self.step > 0, tf.cast(y, exact.dtype), exact)
         return exact + tf.stop_gradient(y - exact)
@@ -84,8 +84,7 @@ class Sums(NamedTuple):
         exact = tf.cast(value, tf.float64)
         step = self.source * (tf.cast(self.limit, tf.float64) / self.levels)
         known = step > 0
-        integers = exact / tf.where(known, step, 1.0)
-        integers = tf.sign(integers) * tf.floor(tf.abs(integers) + 0.5)
+        integers = half_away(exact / tf.where(known, step, 1.0))
         return tf.cast(tf.where(known, integers * step, exact), tf.float32)
 
     def with_bias(self, variable):
@@ -107,6 +106,11 @@ class Sums(NamedTuple):
         bias = self.bias + offset
         rounded = self.round(bias)
         return self._replace(bias=bias, rounded=rounded), rounded - self.rounded
+
+
+def half_away(x):
+    """Returns numbers rounded, halves away from 0; `tf.round` takes them to even ones."""
+    return tf.sign(x) * tf.floor(tf.abs(x) + 0.5)
 
 
 def note_grid(x, grid: Callable[[], Grid]):

@@ -15,7 +15,7 @@ import tensorflow as tf
 from keras.src.ops import numpy as numpy_ops  # Keras exports the functions, not the operations.
 
 from accel_tf.layers import Operator
-from accel_tf.quantization._grids import grid_of, has_grid, note_steps, steps_of
+from accel_tf.quantization._grids import grid_of, half_away, has_grid, note_steps, steps_of
 
 _L = keras.layers
 
@@ -163,11 +163,11 @@ def hard_swish(x, to):
     (out, down), (gate, up) = _multiplier(fine / to.step), _multiplier(fine / (3 / 2**15))
     more, less = tf.maximum(up - 1, 0.0), tf.maximum(-up, 0.0)
     slope = _times(_saturated(a * 2.0**more), gate)
-    slope = tf.where(up > 0, _saturated(slope * 2), _away(slope / 2.0**less))
+    slope = tf.where(up > 0, _saturated(slope * 2), half_away(slope / 2.0**less))
     slope = tf.floor((slope + 2**15) / 2)
     y = slope * _times(a, out) / 2**15
     y = tf.sign(y) * tf.floor(tf.abs(y))
-    return tf.cast(_away(y / 2.0**-down), tf.float32)
+    return tf.cast(half_away(y / 2.0**-down), tf.float32)
 
 
 def _multiplier(ratio):
@@ -180,11 +180,6 @@ def _multiplier(ratio):
 
 def _times(x, m):
     return tf.floor(x * m / 2**15 + 0.5)
-
-
-def _away(x):
-    """Returns numbers rounded, halves away from 0."""
-    return tf.sign(x) * tf.floor(tf.abs(x) + 0.5)
 
 
 def _saturated(x):
