@@ -147,5 +147,5 @@ def apply(name: str, x, on_grid):
         return on_grid("clipped", tf.nn.relu6(x + 3.0)) * (1 / 6)
     y = keras.activations.get(name)(x)
     if name == "hard_silu" and has_grid(x):
-        return note_steps(y, functools.partial(hard_swish, x))
+        return note_steps(y, functools.partial(hard_swish, x, y))
     return y

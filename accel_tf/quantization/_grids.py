@@ -13,6 +13,8 @@ from typing import NamedTuple
 import tensorflow as tf
 
 _GRID, _SUMS, _STEPS = "_accel_tf_grid", "_accel_tf_sums", "_accel_tf_steps"
+# Of a step, for floats that are counted as if they were on a grid.
+_FINE = 2.0**-16
 
 
 class Grid(NamedTuple):
@@ -30,10 +32,6 @@ class Grid(NamedTuple):
     def step(self):
         """The step as a file has it, float32."""
         return tf.cast(self.exact_step, tf.float32)
-
-    def integers(self, x):
-        """Returns the integers, less `zero`, that stand for the elements of a tensor on the grid."""
-        return tf.round(tf.cast(x, tf.float32) / self.step)
 
     def rounded(self, mean, x):
         """Returns `mean(x)` rounded to the grid, as LiteRT does: halves away from the integer 0.
@@ -75,8 +73,7 @@ class Sums(NamedTuple):
 
     def counted(self, x, grid: Grid):
         """Returns sums in steps of a grid."""
-        # Where no range is known yet, they are floats, which a fine step leaves as they are.
-        step = tf.where(self.step > 0, self.step, grid.step * 2.0**-20)
+        step = tf.where(self.step > 0, self.step, grid.step * _FINE)
         return tf.round(x / step) * (step / grid.step)
 
     def round(self, value):
@@ -130,12 +127,24 @@ def has_grid(x) -> bool:
     return hasattr(x, _GRID)
 
 
-def requantized(x, grid: Grid):
+def counted(x, to: Grid):
+    """Returns the integers of a tensor on a grid, less its zero, and the step, float32.
+
+    Args:
+        x: A tensor that a grid was noted on.
+        to: The grid that it is counted for. Where no range of `x` is known yet, it is a float tensor, which
+            integers of a step that is much finer than this one's stand for.
+    """
+    step = grid_of(x).step
+    step = tf.where(step > 0, step, to.step * _FINE)
+    return tf.round(tf.cast(x, tf.float32) / step), step
+
+
+def requantized(x, to: Grid):
     """Returns a tensor on a grid, rounded to another, in its steps."""
-    source = grid_of(x)
-    ratio = tf.cast(source.step / grid.step, tf.float64)  # which the runtime computes in float32
-    exact = tf.cast(tf.round(tf.cast(source.integers(x), tf.float64) * ratio), tf.float32)
-    return tf.where(source.step > 0, exact, x * (1 / grid.step))
+    integers, step = counted(x, to)
+    ratio = tf.cast(step / to.step, tf.float64)  # which the runtime computes in float32
+    return tf.cast(tf.round(tf.cast(integers, tf.float64) * ratio), tf.float32)
 
 
 def note_sums(x, sums: Sums):
@@ -156,12 +165,7 @@ def note_steps(x, steps: Callable[[Grid], tf.Tensor]):
         x: A tensor.
         steps: A function from a grid to `x` in its steps, which are still to be rounded.
     """
-
-    def where_known(grid):  # The range of an input may not be known yet.
-        exact = steps(grid)
-        return tf.where(tf.math.is_finite(exact), exact, x * (1 / grid.step))
-
-    setattr(x, _STEPS, where_known)
+    setattr(x, _STEPS, steps)
     return x
 
 

@@ -15,7 +15,7 @@ import tensorflow as tf
 from keras.src.ops import numpy as numpy_ops  # Keras exports the functions, not the operations.
 
 from accel_tf.layers import Operator
-from accel_tf.quantization._grids import grid_of, half_away, has_grid, note_steps, steps_of
+from accel_tf.quantization._grids import counted, grid_of, half_away, has_grid, note_steps, steps_of
 
 _L = keras.layers
 
@@ -54,25 +54,20 @@ def _no_kernel(operation, *inputs):
     return None
 
 
-def _counted(x):
-    """Returns the integers of a tensor on a grid, less its zero, and the step."""
-    grid = grid_of(x)
-    return grid.integers(x), grid.step
-
-
 def _sum(operation, *inputs, sign=1.0):
     if len(inputs) != 2 or not all(map(has_grid, inputs)):
         return None
 
     def steps(to):
-        (a, one), (b, other) = map(_counted, inputs)
+        (a, one), (b, other) = (counted(x, to) for x in inputs)
         one, other = one / to.step, other / to.step
-        # Both factors as integers, of which the larger one has 21 bits; halves are rounded up.
+        # Both factors are of 1 / unit, of which the larger one has 21 bits.
         exponent = tf.bitwise.right_shift(tf.bitcast(tf.maximum(one, other), tf.int32), 23) - 127
         unit = tf.pow(tf.constant(2.0, tf.float64), tf.cast(20 - exponent, tf.float64))
-        one, other = (tf.round(tf.cast(f, tf.float64) * unit) for f in (one, sign * other))
+        one, other = (tf.round(tf.cast(f, tf.float64) * unit) / unit for f in (one, sign * other))
         sums = tf.cast(a, tf.float64) * one + tf.cast(b, tf.float64) * other
-        return tf.cast(tf.floor(sums / unit + 0.5), tf.float32)
+        # So are the sums. Halves go up; tf.floor would say so, but takes three times as long.
+        return tf.cast(tf.round(sums + 0.25 / unit), tf.float32)
 
     return steps
 
@@ -82,7 +77,7 @@ def _product(operation, *inputs):
         return None
 
     def steps(to):
-        (a, one), (b, other) = map(_counted, inputs)
+        (a, one), (b, other) = (counted(x, to) for x in inputs)
         return a * b * (one * other / to.step)
 
     return steps
@@ -93,12 +88,13 @@ def _mean(operation, *inputs):
         return None
 
     def steps(to):
-        x, grid = inputs[0], grid_of(inputs[0])
+        (x,) = inputs
+        (integers, step), zero = counted(x, to), grid_of(x).zero
         axes = list(range(1, len(x.shape) - 1))
         count = tf.cast(tf.reduce_prod(tf.shape(x)[1:-1]), tf.float32)
-        total = tf.reduce_sum(grid.integers(x) + grid.zero, axes, operation.keepdims)
-        factor = grid.step / to.step * (1 / count)
-        return tf.round(total * factor + (to.zero - grid.zero * count * factor)) - to.zero
+        total = tf.reduce_sum(integers + zero, axes, operation.keepdims)
+        factor = step / to.step * (1 / count)
+        return tf.round(total * factor + (to.zero - zero * count * factor)) - to.zero
 
     return steps
 
@@ -106,12 +102,12 @@ def _mean(operation, *inputs):
 def _concatenation(operation, *inputs):
     """What comes from a kernel is rounded once, here; what is on a grid already goes to another."""
 
-    def counted(x, to):
+    def in_steps(x, to):
         if steps := steps_of(x):
             return steps(to)
         return _moved(x, operation, to) if has_grid(x) else x * (1 / to.step)
 
-    return lambda to: tf.concat([counted(x, to) for x in inputs], operation.axis)
+    return lambda to: tf.concat([in_steps(x, to) for x in inputs], operation.axis)
 
 
 def moved(x, layer, quantizer):
@@ -141,25 +137,33 @@ def _nearly_one(operation) -> float:
 
 def _moved(x, operation, to):
     """Returns a tensor on a grid in steps of another, see `moved`."""
-    grid = grid_of(x)
+    same = _same(grid_of(x), to)
     unit = tf.constant(_nearly_one(operation) / 255, tf.float32)  # As an integer the factor is 255.
-    a, factor = grid.integers(x), grid.step * unit / to.step
-    return tf.where(_same(grid, to), a, a * 255.0 * factor)
+    integers, step = counted(x, to)
+    factor = tf.where(same, 1.0, step * unit / to.step)
+    return integers * tf.where(same, 1.0, 255.0) * factor
 
 
 def _same(grid, other):
     return (grid.step == other.step) & (grid.zero == other.zero)
 
 
-def hard_swish(x, to):
+def hard_swish(x, exact, to):
     """Returns the hard swish of a tensor on a grid in steps of another, as LiteRT's own kernel does.
 
     That is x · clip(x / 6 + 1 / 2, 0, 1) with 16 bits for both factors, rounded half away from 0, but
     cut off in between: tensorflow/lite/kernels/internal/reference/hard_swish.h.
+
+    Args:
+        x: The tensor.
+        exact: Its hard swish in floats, for where no range of `x` is known yet.
+        to: The other grid.
     """
-    grid = grid_of(x)
-    a = tf.cast(grid.integers(x), tf.float64) * 128
-    fine = grid.step / 128
+    integers, step = counted(x, to)
+    # A grid has 256 numbers, so each result is computed once, and looked up.
+    integers = tf.clip_by_value(tf.cast(integers, tf.int32), -255, 255)
+    a = tf.range(-255, 256, dtype=tf.float64) * 128
+    fine = step / 128
     (out, down), (gate, up) = _multiplier(fine / to.step), _multiplier(fine / (3 / 2**15))
     more, less = tf.maximum(up - 1, 0.0), tf.maximum(-up, 0.0)
     slope = _times(_saturated(a * 2.0**more), gate)
@@ -167,7 +171,8 @@ def hard_swish(x, to):
     slope = tf.floor((slope + 2**15) / 2)
     y = slope * _times(a, out) / 2**15
     y = tf.sign(y) * tf.floor(tf.abs(y))
-    return tf.cast(half_away(y / 2.0**-down), tf.float32)
+    y = tf.gather(tf.cast(half_away(y / 2.0**-down), tf.float32), integers + 255)
+    return tf.where(grid_of(x).step > 0, y, exact * (1 / to.step))
 
 
 def _multiplier(ratio):
