@@ -12,9 +12,8 @@ from accel_tf.quantization._integers import hard_swish, product
 
 _L = keras.layers
 
-# Computed inside the kernel before them.
-FUSED = ("linear", "relu", "relu6")
-_ENDS = {"linear": (-math.inf, math.inf), "relu": (0.0, math.inf), "relu6": (0.0, 6.0)}
+# Computed inside the kernel before them: the ends of what they clip to.
+FUSED = {"relu": (0.0, math.inf), "relu6": (0.0, 6.0)}
 
 # Ranges that the integer kernels prescribe for their output, in steps of 1/256 or 1/128.
 FIXED = {
@@ -38,7 +37,7 @@ APPLIED = (*COMPOSED, "hard_silu")
 # No integer kernel: the tensor becomes float for them, and is quantized again.
 FLOAT = ("elu", "selu", "celu", "softplus", "softsign", "mish", "log_softmax", "log_sigmoid")
 
-KNOWN = (*FUSED, *FIXED, *ONE_KERNEL, *COMPOSED, *FLOAT)
+KNOWN = ("linear", *FUSED, *FIXED, *ONE_KERNEL, *COMPOSED, *FLOAT)
 
 _OPERATORS = {
     "Gelu": "gelu",
@@ -125,7 +124,7 @@ def note_clipped(name: str, x, y):
     steps = steps_of(x) or (has_grid(x) and functools.partial(requantized, x))
     if not steps:
         return y
-    low, high = _ENDS[name]
+    low, high = FUSED[name]
 
     def clipped(grid):
         return tf.clip_by_value(steps(grid), low / grid.step, high / grid.step)

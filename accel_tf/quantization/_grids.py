@@ -141,10 +141,10 @@ def counted(x, to: Grid):
 
 
 def requantized(x, to: Grid):
-    """Returns a tensor on a grid, rounded to another, in its steps."""
+    """Returns a tensor on a grid, rounded to another, in its steps: halves up."""
     integers, step = counted(x, to)
     ratio = tf.cast(step / to.step, tf.float64)  # which the runtime computes in float32
-    return tf.cast(tf.round(tf.cast(integers, tf.float64) * ratio), tf.float32)
+    return tf.cast(tf.floor(tf.cast(integers, tf.float64) * ratio + 0.5), tf.float32)
 
 
 def note_sums(x, sums: Sums):

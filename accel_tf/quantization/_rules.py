@@ -171,7 +171,8 @@ RULES: dict[type, Rule] = {
 
 def rule_of(layer) -> Rule | None:
     """Returns the rule for a layer or operator, `None` if there is none."""
-    return RULES.get(type(layer))
+    rule = RULES.get(type(layer))
+    return _IDENTITY if rule is _ACTIVATION and _activations.name_of(layer) == "linear" else rule
 
 
 def graph_of(layer):

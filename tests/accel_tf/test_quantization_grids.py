@@ -78,6 +78,9 @@ MODELS = {
     "separable, biased": lambda: _stack(IMAGE, L.SeparableConv2D(24, 3, **BIAS)),
     "dilated": lambda: _stack(IMAGE, L.Conv2D(24, 3, dilation_rate=2, **BIAS)),
     "normalization alone": lambda: _stack(IMAGE, _norm()),
+    "linear at its end": lambda: _stack(
+        IMAGE, L.Conv2D(24, 3), L.Flatten(), L.Activation("linear")
+    ),
     "signal": lambda: _stack(SIGNAL, L.Conv1D(32, 3, **BIAS)),
     "positions": lambda: _stack(SIGNAL, L.Dense(32, activation="relu", **BIAS)),
     "einsum": lambda: _stack(
@@ -207,6 +210,22 @@ def test_a_hard_swish_of_any_spread_has_the_numbers_of_its_kernel(spread, tmp_pa
     model = _stack(IMAGE, L.Activation("hard_silu"))
     x = np.random.default_rng(0).normal(0.3, spread, (64, *IMAGE)).astype("float32")
     quantized = at.calibrate(model, x, verbose=0)
+    at.export.litert(quantized, tmp_path / "m.tflite")
+    found = at.export.run_litert(tmp_path / "m.tflite", x)
+    np.testing.assert_array_equal(found, quantized(x))
+
+
+@pytest.mark.parametrize("bound", [None, 6.0])
+def test_halves_behind_a_relu_of_what_is_on_a_grid_go_up(bound, tmp_path):
+    x = np.random.default_rng(0).uniform(-1, 2, (64, *IMAGE)).astype("float32")
+    quantized = at.calibrate(_stack(IMAGE, L.ReLU(bound)), x, verbose=0)
+    before, after = (f for _, f in at.layers.walk(quantized) if isinstance(f, FakeQuantize))
+    before.low.assign(
+        -255 / 256
+    )  # Steps of 3 / 256 and of 1 / 128: every odd number becomes a half.
+    for quantizer in (before, after):
+        quantizer.high.assign(255 / 128)
+    assert before.scale == 1.5 * after.scale
     at.export.litert(quantized, tmp_path / "m.tflite")
     found = at.export.run_litert(tmp_path / "m.tflite", x)
     np.testing.assert_array_equal(found, quantized(x))
