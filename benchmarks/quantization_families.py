@@ -1,8 +1,9 @@
 """Quantizes every family of keras.applications to an int8 file, with accel_tf and with TFMOT.
 
-    .venv/bin/python benchmarks/quantization_families.py            # some twenty minutes
+    .venv/bin/python benchmarks/quantization_families.py            # some thirty minutes
     .venv/bin/python benchmarks/quantization_families.py --quick    # three families
     .venv/bin/python benchmarks/quantization_families.py --book     # also into book/_data
+    .venv/bin/python benchmarks/quantization_families.py --resume   # families still missing there
 
 Of each family the smallest member, trained on the digits for some eighty steps, as there are no weights
 from elsewhere and those of no training amplify any difference: quantize_aware, one step of training,
@@ -14,6 +15,7 @@ package.
 
 import collections
 import importlib.metadata
+import json
 import tempfile
 from pathlib import Path
 
@@ -208,7 +210,10 @@ def main() -> None:
     import tf_keras
 
     options = common.options(
-        __doc__, "quantization_families", book=f"also write {BOOK.name} for the book"
+        __doc__,
+        "quantization_families",
+        book=f"also write {BOOK.name} for the book",
+        resume="run only the families that the JSON file does not have yet",
     )
     host = at.benchmark.host()
     versions = {
@@ -218,9 +223,10 @@ def main() -> None:
     print(f"{host}, {', '.join(' '.join(item) for item in versions.items())}\n", flush=True)
     here, there = families(keras.applications), families(tf_keras.applications)
     names = QUICK if options.quick else sorted({**here, **there})
-    rows = []
+    rows = json.loads(options.output.read_text())["rows"] if options.resume else []
+    names = [name for name in names if name not in [row["family"] for row in rows]]
     for row in compare(names, ours, here, theirs, there):
-        rows.append(row)
+        rows = sorted([*rows, row], key=lambda row: row["family"])
         print(row["family"], describe(row["ours"]), describe(row["tfmot"]), sep=": ", flush=True)
         # Saved as they come: the run is long.
         found = {"host": str(host), "versions": {**host.versions, **versions}, "rows": rows}
