@@ -1,6 +1,6 @@
 """Quantizes every family of keras.applications to an int8 file, with accel_tf and with TFMOT.
 
-    .venv/bin/python benchmarks/quantization_families.py            # some thirty minutes
+    .venv/bin/python benchmarks/quantization_families.py            # half an hour to one
     .venv/bin/python benchmarks/quantization_families.py --quick    # three families
     .venv/bin/python benchmarks/quantization_families.py --book     # also into book/_data
     .venv/bin/python benchmarks/quantization_families.py --resume   # families still missing there
@@ -223,7 +223,8 @@ def main() -> None:
     print(f"{host}, {', '.join(' '.join(item) for item in versions.items())}\n", flush=True)
     here, there = families(keras.applications), families(tf_keras.applications)
     names = QUICK if options.quick else sorted({**here, **there})
-    rows = json.loads(options.output.read_text())["rows"] if options.resume else []
+    goes_on = options.resume and options.output.exists()
+    rows = json.loads(options.output.read_text())["rows"] if goes_on else []
     names = [name for name in names if name not in [row["family"] for row in rows]]
     for row in compare(names, ours, here, theirs, there):
         rows = sorted([*rows, row], key=lambda row: row["family"])

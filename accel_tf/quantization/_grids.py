@@ -13,8 +13,6 @@ from typing import NamedTuple
 import tensorflow as tf
 
 _GRID, _SUMS, _STEPS = "_accel_tf_grid", "_accel_tf_sums", "_accel_tf_steps"
-# Of a step, for floats that are counted as if they were on a grid.
-_FINE = 2.0**-16
 
 
 class Grid(NamedTuple):
@@ -73,7 +71,7 @@ class Sums(NamedTuple):
 
     def counted(self, x, grid: Grid):
         """Returns sums in steps of a grid."""
-        step = tf.where(self.step > 0, self.step, grid.step * _FINE)
+        step = _known(self.step, grid)
         return tf.round(x / step) * (step / grid.step)
 
     def round(self, value):
@@ -110,6 +108,11 @@ def half_away(x):
     return tf.sign(x) * tf.floor(tf.abs(x) + 0.5)
 
 
+def half_up(x):
+    """Returns numbers rounded, halves up."""
+    return tf.floor(x + 0.5)
+
+
 def note_grid(x, grid: Callable[[], Grid]):
     """Notes on `x` a function that returns its grid; returns `x`."""
     setattr(x, _GRID, grid)
@@ -132,19 +135,22 @@ def counted(x, to: Grid):
 
     Args:
         x: A tensor that a grid was noted on.
-        to: The grid that it is counted for. Where no range of `x` is known yet, it is a float tensor, which
-            integers of a step that is much finer than this one's stand for.
+        to: The grid that it is counted for.
     """
-    step = grid_of(x).step
-    step = tf.where(step > 0, step, to.step * _FINE)
+    step = _known(grid_of(x).step, to)
     return tf.round(tf.cast(x, tf.float32) / step), step
+
+
+def _known(step, to):
+    """Returns the step to count in: where no range is known yet there are floats, and a fine step."""
+    return tf.where(step > 0, step, to.step * 2.0**-16)
 
 
 def requantized(x, to: Grid):
     """Returns a tensor on a grid, rounded to another, in its steps: halves up."""
     integers, step = counted(x, to)
     ratio = tf.cast(step / to.step, tf.float64)  # which the runtime computes in float32
-    return tf.cast(tf.floor(tf.cast(integers, tf.float64) * ratio + 0.5), tf.float32)
+    return tf.cast(half_up(tf.cast(integers, tf.float64) * ratio), tf.float32)
 
 
 def note_sums(x, sums: Sums):

@@ -15,7 +15,15 @@ import tensorflow as tf
 from keras.src.ops import numpy as numpy_ops  # Keras exports the functions, not the operations.
 
 from accel_tf.layers import Operator
-from accel_tf.quantization._grids import counted, grid_of, half_away, has_grid, note_steps, steps_of
+from accel_tf.quantization._grids import (
+    counted,
+    grid_of,
+    half_away,
+    half_up,
+    has_grid,
+    note_steps,
+    steps_of,
+)
 
 _L = keras.layers
 
@@ -61,13 +69,12 @@ def _sum(operation, *inputs, sign=1.0):
     def steps(to):
         (a, one), (b, other) = (counted(x, to) for x in inputs)
         one, other = one / to.step, other / to.step
-        # Both factors are of 1 / unit, of which the larger one has 21 bits.
+        # Both factors in multiples of 1 / unit, of which the larger one has 21 bits.
         exponent = tf.bitwise.right_shift(tf.bitcast(tf.maximum(one, other), tf.int32), 23) - 127
         unit = tf.pow(tf.constant(2.0, tf.float64), tf.cast(20 - exponent, tf.float64))
         one, other = (tf.round(tf.cast(f, tf.float64) * unit) / unit for f in (one, sign * other))
         sums = tf.cast(a, tf.float64) * one + tf.cast(b, tf.float64) * other
-        # So are the sums. Halves go up; tf.floor would say so, but takes three times as long.
-        return tf.cast(tf.round(sums + 0.25 / unit), tf.float32)
+        return tf.cast(half_up(sums), tf.float32)
 
     return steps
 
@@ -179,12 +186,12 @@ def _multiplier(ratio):
     """Returns a float32 scalar as m · 2^e, m from 2^14 to 2^15 − 1, for `_times`."""
     exponent = tf.bitwise.right_shift(tf.bitcast(ratio, tf.int32), 23) - 126
     exponent = tf.cast(exponent, tf.float64)
-    m = tf.floor(tf.cast(ratio, tf.float64) * 2.0 ** (15 - exponent) + 0.5)
+    m = half_up(tf.cast(ratio, tf.float64) * 2.0 ** (15 - exponent))
     return tf.minimum(m, 2.0**15 - 1), exponent
 
 
 def _times(x, m):
-    return tf.floor(x * m / 2**15 + 0.5)
+    return half_up(x * m / 2**15)
 
 
 def _saturated(x):

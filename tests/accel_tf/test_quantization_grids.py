@@ -220,9 +220,8 @@ def test_halves_behind_a_relu_of_what_is_on_a_grid_go_up(bound, tmp_path):
     x = np.random.default_rng(0).uniform(-1, 2, (64, *IMAGE)).astype("float32")
     quantized = at.calibrate(_stack(IMAGE, L.ReLU(bound)), x, verbose=0)
     before, after = (f for _, f in at.layers.walk(quantized) if isinstance(f, FakeQuantize))
-    before.low.assign(
-        -255 / 256
-    )  # Steps of 3 / 256 and of 1 / 128: every odd number becomes a half.
+    # Steps of 3 / 256 and of 1 / 128, so that every odd number becomes a half.
+    before.low.assign(-255 / 256)
     for quantizer in (before, after):
         quantizer.high.assign(255 / 128)
     assert before.scale == 1.5 * after.scale
