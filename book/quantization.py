@@ -141,8 +141,8 @@ glue("gain", f"{10 * np.log10(errors[-1] / found):.1f}", display=False)
 #
 # ## With `accel_tf`
 #
-# Train a network, then quantize it after training. Integer activations need some data for their ranges, which is {term}`calibration`;
-# formats that touch only the weights need none:
+# Train a network, then quantize it after training. Integer activations need some data for their ranges, which is {term}`calibration`:
+# the float network runs on them, and each layer's values are observed. Formats that touch only the weights need none:
 
 # %% tags=["remove-output"]
 (x_train, y_train), (x_test, y_test) = at.datasets.digits()

@@ -24,8 +24,9 @@ def calibrate(
 ) -> keras.Model:
     """Returns a copy of `model` with fake quantization, with ranges observed on `data`.
 
-    The weights stay what they are; only ranges are learned. A few hundred inputs like those of
-    production are enough. The result is what `quantize_aware` makes, so it can be fine-tuned, too.
+    The weights stay what they are; only ranges are learned, and they are those of the float model:
+    while data pass, nothing is rounded. A few hundred inputs like those of production are enough;
+    how they are divided into batches does not matter but to `MovingAverage`. The result is what `quantize_aware` makes, so it can be fine-tuned, too.
 
     Args:
         model: As for `quantize_aware`.

@@ -24,10 +24,11 @@ _mode: contextvars.ContextVar[str] = contextvars.ContextVar("accel_tf_fake_quant
 
 @contextlib.contextmanager
 def observing():
-    """While it is entered, fake-quantized models observe ranges in inference too.
+    """While it is entered, fake-quantized models observe ranges in inference, and round nothing.
 
-    This is how `calibrate` runs a model. A `tf.function` keeps the behaviour that it was traced
-    with, so call the model eagerly or trace a new function inside.
+    This is how `calibrate` runs a model: with ranges that are only being found, values would be
+    clipped, and what is found behind them would depend on the order of the batches. A `tf.function`
+    keeps the behaviour that it was traced with, so call the model eagerly or trace a new one inside.
     """
     with _enter("observe"):
         yield
@@ -76,7 +77,7 @@ def applying():
 
 def is_observing(training) -> bool:
     """Whether ranges are observed now, by training or by calibration."""
-    return bool(training) or _mode.get() == "observe"
+    return _mode.get() == "observe" or (bool(training) and not _mode.get())
 
 
 def frozen() -> bool:
@@ -91,12 +92,12 @@ def becomes_integers() -> bool:
 
 def passes() -> bool:
     """Whether activations pass unrounded now."""
-    return _mode.get() in ("float", "off")
+    return _mode.get() in ("float", "off", "observe")
 
 
 def is_unrounded() -> bool:
-    """Whether nothing is rounded now, see `unrounded`."""
-    return _mode.get() == "off"
+    """Whether nothing is rounded now, see `unrounded` and `observing`."""
+    return _mode.get() in ("off", "observe")
 
 
 @keras.saving.register_keras_serializable(package="accel_tf")
@@ -165,15 +166,17 @@ class FakeQuantize(keras.layers.Layer):
     def call(self, inputs, training=None):
         x = tf.cast(inputs, tf.float32)
         dtype = inputs.dtype if inputs.dtype.is_floating else self.compute_dtype  # uint8 images
+        observes = self.fixed is None and is_observing(training)
+        if observes:
+            self.used = True
+            self.observer.observe(self, x)
         if passes():
             y = x
         elif self.fixed is not None:
             y = self.round(x, *self.fixed)
         elif frozen():
             y = self.round(x, *self.ends)
-        elif is_observing(training):
-            self.used = True
-            self.observer.observe(self, x)
+        elif observes:
             y = self.observer.fake_quantize(self, x)
         else:
             count = steps_of(inputs)

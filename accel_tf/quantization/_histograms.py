@@ -19,7 +19,7 @@ _HALF = BINS // 2
 class HistogramObserver(Observer):
     """Counts values in equal bins, and clips them where a subclass finds it best.
 
-    The model computes with what was found so far, so each batch pays for the search; it takes about
+    Training computes with what was found so far, so each batch pays for the search; it takes about
     a millisecond for each tensor, more than `MinMax`, and is meant for `calibrate`.
     """
 

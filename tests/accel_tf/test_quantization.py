@@ -1,4 +1,4 @@
-"""Schemes, fake quantization, the model rewrite and calibration."""
+"""Schemes, fake quantization and the model rewrite."""
 
 import hypothesis
 import keras
@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from hypothesis import strategies as st
+from quantized_models import fit, quantizers, residual, small_cnn
 
 import accel_tf as at
 from accel_tf.quantization import (
@@ -24,57 +25,8 @@ class FourBits(at.Int8):
     weight_bits = 4
 
 
-def small_cnn():
-    """Convolution, normalization and activation in one kernel; pooling; two kinds of dense."""
-    return keras.Sequential(
-        [
-            keras.Input((8, 8, 1), name="image"),
-            L.Conv2D(4, 3, padding="same", use_bias=False, name="conv"),
-            L.BatchNormalization(name="norm"),
-            L.ReLU(name="relu"),
-            L.MaxPooling2D(name="pool"),
-            L.Flatten(name="flatten"),
-            L.Dense(8, activation="relu", name="hidden"),
-            L.Dropout(0.1, name="dropout"),
-            L.Dense(3, activation="softmax", name="probabilities"),
-        ]
-    )
-
-
-def residual(inputs=(6, 6, 2)):
-    """Each kind of supported layer, with branches, a nested and a shared model."""
-    x = keras.Input(inputs, name="image")
-    shared = keras.Sequential(
-        [keras.Input(inputs), L.Conv2D(2, 3, padding="same", name="conv"), L.ReLU(6.0)],
-        name="shared",
-    )
-    y = L.Add(name="add")([shared(shared(x)), x])
-    y = L.ReLU(name="add_relu")(y)
-    y = L.Concatenate(name="concat")([y, L.DepthwiseConv2D(3, padding="same", name="depth")(y)])
-    y = L.Activation("relu", name="pre_relu")(L.BatchNormalization(name="pre")(y))
-    y = L.ZeroPadding2D(1, name="pad")(L.AveragePooling2D(2, name="average")(y))
-    gate = L.Dense(4, activation="sigmoid", name="gate")(L.GlobalAveragePooling2D(name="mean")(y))
-    y = L.Multiply(name="scale")([y, L.Reshape((1, 1, 4), name="reshape")(gate)])
-    return keras.Model(x, L.Dense(3, name="logits")(L.Flatten(name="flatten")(y)), name="residual")
-
-
-def fit(model, n=32, **options):
-    keras.utils.set_random_seed(1)
-    x = np.random.normal(size=(n, *model.inputs[0].shape[1:])).astype("float32")
-    y = np.random.randint(0, model.outputs[0].shape[-1], n)
-    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile(keras.optimizers.SGD(0.01), loss, **options)
-    history = model.fit(x, y, batch_size=8, epochs=1, verbose=0)
-    assert np.isfinite(history.history["loss"][0])
-    return x
-
-
 def names(model):
     return [layer.name for _, layer in at.layers.walk(model)]
-
-
-def quantizers(model):
-    return [layer for _, layer in at.layers.walk(model) if isinstance(layer, FakeQuantize)]
 
 
 # Schemes
@@ -394,95 +346,6 @@ def test_wrong_arguments_are_named():
     own(np.ones((1, 2)))
     with pytest.raises(ValueError, match="subclassed"):
         at.quantize_aware(own)
-
-
-# Calibration
-
-
-def two_inputs():
-    a, b = keras.Input((3,), name="a"), keras.Input((3,), name="b")
-    return keras.Model([a, b], L.Dense(2)(L.Add()([a, b])))
-
-
-def test_calibration_takes_data_in_every_usual_form():
-    x = np.random.default_rng(0).normal(size=(10, 8, 8, 1)).astype("float32")
-    y = np.zeros(10)
-    model = small_cnn()
-    pairs = tf.data.Dataset.from_tensor_slices((x, y)).batch(4)
-    forms = [
-        x,
-        tf.constant(x),
-        pairs,
-        pairs.map(lambda x, y: x),
-        ((b, None) for b in (x[:4], x[4:8], x[8:])),
-    ]
-    ranges = {at.calibrate(model, d, batch_size=4, verbose=0).layers[0].range for d in forms}
-    assert len(ranges) == 1
-    low, high = ranges.pop()
-    assert x.min() <= low < 0 < high <= x.max()
-
-    a, b = np.ones((4, 3)), np.full((4, 3), -2.0)
-    for data in ([a, b], {"a": a, "b": b}, iter([([a, b], None)])):
-        quantized = at.calibrate(two_inputs(), data, verbose=0)
-        assert quantized.get_layer("a_quantizer").range == (0.0, 1.0)
-        assert quantized.get_layer("b_quantizer").range == (-2.0, 0.0)
-    images = keras.Sequential([keras.Input((2,), dtype="uint8"), L.Rescaling(1 / 255), L.Dense(2)])
-    quantized = at.calibrate(images, np.array([[0, 255]], "uint8"), verbose=0)
-    assert quantized.layers[0].quantizers[0].range == (0.0, 255.0)
-
-
-def test_calibration_trains_nothing():
-    model = small_cnn()
-    quantized = at.calibrate(model, np.random.normal(3, 2, (64, 8, 8, 1)), verbose=0)
-    np.testing.assert_array_equal(
-        quantized.get_layer("norm").layer.moving_mean.numpy(),
-        model.get_layer("norm").moving_mean.numpy(),
-    )
-    np.testing.assert_array_equal(
-        quantized.get_layer("conv").layer.kernel.numpy(),
-        model.get_layer("conv").kernel.numpy(),
-    )
-
-
-def test_weights_alone_are_quantized_without_data():
-    model = small_cnn()
-    x = np.random.normal(size=(8, 8, 8, 1)).astype("float32")
-    errors = []
-    for scheme in (at.Float16(), at.Int8Weights(), Int4Weights(8), Int4Weights(None)):
-        quantized = at.calibrate(model, None, scheme, verbose=0)
-        assert not quantizers(quantized)
-        assert type(quantized.get_layer("relu")) is L.ReLU
-        errors.append(float(np.abs(quantized(x) - model(x)).max()))
-    assert 0 < errors[0] < errors[1] < min(errors[2:])
-    with pytest.raises(ValueError, match="needs data to find the ranges"):
-        at.calibrate(model, None, verbose=0)
-
-
-def test_schemes_are_mixed_by_path():
-    x = np.random.normal(size=(16, 8, 8, 1)).astype("float32")
-    mixed = at.Mixed({"h*": at.Int8Weights(), "probabilities": None})
-    quantized = at.calibrate(small_cnn(), x, mixed, verbose=0)
-    assert quantized.get_layer("conv").scheme == at.Int8()
-    assert quantized.get_layer("hidden").quantizers == []
-    assert type(quantized.get_layer("probabilities")) is L.Dense
-    with pytest.raises(ValueError, match="Mixed: 'head' matches no layer"):
-        at.calibrate(small_cnn(), x, at.Mixed({"head": None}), verbose=0)
-    with pytest.raises(ValueError, match="None for float, for 'conv'; received 8"):
-        at.Mixed({"conv": 8})
-
-
-def test_data_that_calibrates_nothing_is_an_error():
-    model = small_cnn()
-    with pytest.raises(ValueError, match="at least one batch of data; received none"):
-        at.calibrate(model, iter([]), verbose=0)
-    bad = np.ones((6, 8, 8, 1))
-    bad[5] = np.inf
-    with pytest.raises(ValueError, match="Batch 2 of the calibration data has NaN or infinite"):
-        at.calibrate(model, bad, batch_size=2, verbose=0)
-    with pytest.raises(ValueError, match=r"finite dataset.*take\(batches\)"):
-        at.calibrate(model, tf.data.Dataset.from_tensors(np.ones((1, 8, 8, 1))).repeat(), verbose=0)
-    with pytest.raises(ValueError, match=r"same length, received \[2, 3\]"):
-        at.calibrate(two_inputs(), [np.ones((2, 3)), np.ones((3, 3))], verbose=0)
 
 
 def test_fine_tuning_wins_back_accuracy_that_four_bits_cost(trained_cnn, digits):

@@ -106,7 +106,8 @@ def _by_litert(model, samples, path):
 def _chance(right, other):
     """Two standard errors of the difference between two accuracies on the same inputs, in points.
 
-    As in McNemar's test, only answers that one of both has right count.
+    As in McNemar's test, only answers that one of both has right count: none where two files compute
+    the same, as those of images and of signals nearly do.
     """
     return 200 * np.sqrt(np.sum(right != other)) / right.size
 
@@ -153,7 +154,7 @@ def test_quantization_costs_little(build, load, epochs, rate, least, tmp_path):
     assert accuracy["PTQ"] >= accuracy["float"] - 0.5, accuracy
     assert accuracy["int4"] >= accuracy["float"] - 1.5, accuracy
     ours, theirs = np.mean(decibels, axis=0)
-    assert ours >= theirs - 0.1, decibels
+    assert ours >= theirs - 0.02, decibels
     assert accuracy["QAT"] >= accuracy["LiteRT"], accuracy
     chance = _chance(right["PTQ"], right["LiteRT"])
     assert accuracy["PTQ"] >= accuracy["LiteRT"] - chance, (accuracy, chance)

@@ -1,0 +1,115 @@
+"""Calibration: the ranges of activations, found on data without training."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from quantized_models import fit, quantizers, residual, small_cnn
+
+import accel_tf as at
+from accel_tf.quantization import Int4Weights
+
+L = keras.layers
+
+
+def two_inputs():
+    a, b = keras.Input((3,), name="a"), keras.Input((3,), name="b")
+    return keras.Model([a, b], L.Dense(2)(L.Add()([a, b])))
+
+
+def test_calibration_takes_data_in_every_usual_form():
+    x = np.random.default_rng(0).normal(size=(10, 8, 8, 1)).astype("float32")
+    y = np.zeros(10)
+    model = small_cnn()
+    pairs = tf.data.Dataset.from_tensor_slices((x, y)).batch(4)
+    forms = [
+        x,
+        tf.constant(x),
+        pairs,
+        pairs.map(lambda x, y: x),
+        ((b, None) for b in (x[:4], x[4:8], x[8:])),
+    ]
+    ranges = {at.calibrate(model, d, batch_size=4, verbose=0).layers[0].range for d in forms}
+    assert len(ranges) == 1
+    low, high = ranges.pop()
+    assert x.min() <= low < 0 < high <= x.max()
+
+    a, b = np.ones((4, 3)), np.full((4, 3), -2.0)
+    for data in ([a, b], {"a": a, "b": b}, iter([([a, b], None)])):
+        quantized = at.calibrate(two_inputs(), data, verbose=0)
+        assert quantized.get_layer("a_quantizer").range == (0.0, 1.0)
+        assert quantized.get_layer("b_quantizer").range == (-2.0, 0.0)
+    images = keras.Sequential([keras.Input((2,), dtype="uint8"), L.Rescaling(1 / 255), L.Dense(2)])
+    quantized = at.calibrate(images, np.array([[0, 255]], "uint8"), verbose=0)
+    assert quantized.layers[0].quantizers[0].range == (0.0, 255.0)
+
+
+def test_ranges_are_those_of_the_float_model_however_the_data_are_divided():
+    keras.utils.set_random_seed(2)
+    model = residual()
+    x = np.random.normal(size=(50, 6, 6, 2)).astype("float32")
+    fit(model)  # so that no layer passes its input on as it is
+    forward, backward = (
+        at.calibrate(model, data, batch_size=n, verbose=0) for data, n in ((x, 50), (x[::-1], 7))
+    )
+    for ours, other in zip(quantizers(forward), quantizers(backward), strict=True):
+        np.testing.assert_allclose(ours.range, other.range, rtol=1e-5)
+    for name in ("add_relu", "pre_relu", "mean", "scale", "logits"):
+        values = keras.Model(model.input, model.get_layer(name).output)(x)
+        low, high = forward.get_layer(name).output_quantizer.range
+        np.testing.assert_allclose(low, min(0, np.min(values)), rtol=1e-5)
+        np.testing.assert_allclose(high, np.max(values), rtol=1e-5)
+
+
+def test_calibration_trains_nothing():
+    model = small_cnn()
+    quantized = at.calibrate(model, np.random.normal(3, 2, (64, 8, 8, 1)), verbose=0)
+    np.testing.assert_array_equal(
+        quantized.get_layer("norm").layer.moving_mean.numpy(),
+        model.get_layer("norm").moving_mean.numpy(),
+    )
+    np.testing.assert_array_equal(
+        quantized.get_layer("conv").layer.kernel.numpy(),
+        model.get_layer("conv").kernel.numpy(),
+    )
+
+
+def test_weights_alone_are_quantized_without_data():
+    model = small_cnn()
+    x = np.random.normal(size=(8, 8, 8, 1)).astype("float32")
+    errors = []
+    for scheme in (at.Float16(), at.Int8Weights(), Int4Weights(8), Int4Weights(None)):
+        quantized = at.calibrate(model, None, scheme, verbose=0)
+        assert not quantizers(quantized)
+        assert type(quantized.get_layer("relu")) is L.ReLU
+        errors.append(float(np.abs(quantized(x) - model(x)).max()))
+    assert 0 < errors[0] < errors[1] < min(errors[2:])
+    with pytest.raises(ValueError, match="needs data to find the ranges"):
+        at.calibrate(model, None, verbose=0)
+
+
+def test_schemes_are_mixed_by_path():
+    x = np.random.normal(size=(16, 8, 8, 1)).astype("float32")
+    mixed = at.Mixed({"h*": at.Int8Weights(), "probabilities": None})
+    quantized = at.calibrate(small_cnn(), x, mixed, verbose=0)
+    assert quantized.get_layer("conv").scheme == at.Int8()
+    assert quantized.get_layer("hidden").quantizers == []
+    assert type(quantized.get_layer("probabilities")) is L.Dense
+    with pytest.raises(ValueError, match="Mixed: 'head' matches no layer"):
+        at.calibrate(small_cnn(), x, at.Mixed({"head": None}), verbose=0)
+    with pytest.raises(ValueError, match="None for float, for 'conv'; received 8"):
+        at.Mixed({"conv": 8})
+
+
+def test_data_that_calibrates_nothing_is_an_error():
+    model = small_cnn()
+    with pytest.raises(ValueError, match="at least one batch of data; received none"):
+        at.calibrate(model, iter([]), verbose=0)
+    bad = np.ones((6, 8, 8, 1))
+    bad[5] = np.inf
+    with pytest.raises(ValueError, match="Batch 2 of the calibration data has NaN or infinite"):
+        at.calibrate(model, bad, batch_size=2, verbose=0)
+    with pytest.raises(ValueError, match=r"finite dataset.*take\(batches\)"):
+        at.calibrate(model, tf.data.Dataset.from_tensors(np.ones((1, 8, 8, 1))).repeat(), verbose=0)
+    with pytest.raises(ValueError, match=r"same length, received \[2, 3\]"):
+        at.calibrate(two_inputs(), [np.ones((2, 3)), np.ones((3, 3))], verbose=0)
