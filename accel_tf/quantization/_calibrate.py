@@ -26,7 +26,8 @@ def calibrate(
 
     The weights stay what they are; only ranges are learned, and they are those of the float model:
     while data pass, nothing is rounded. A few hundred inputs like those of production are enough;
-    how they are divided into batches does not matter but to `MovingAverage`. The result is what `quantize_aware` makes, so it can be fine-tuned, too.
+    how they are divided into batches does not matter but to `MovingAverage`. The result is what
+    `quantize_aware` makes, so it can be fine-tuned, too.
 
     Args:
         model: As for `quantize_aware`.
