@@ -23,7 +23,7 @@ FIXED = {
 }
 
 # One kernel each, whose output has a range of its own.
-ONE_KERNEL = ("leaky_relu", "hard_silu", "gelu", "exponential")
+ONE_KERNEL = ("leaky_relu", "hard_silu", "gelu", "gelu_approximate", "exponential")
 
 # Several kernels: the tensors between them, each with the activation that prescribes its range.
 COMPOSED = {
@@ -49,7 +49,22 @@ _OPERATORS = {
     "Softmax": "softmax",
     "Tanh": "tanh",
 }
-_OTHER_NAMES = {"swish": "silu", "hard_swish": "hard_silu", "relu_6": "relu6"}
+# Where Keras has no name, or another function of that name does the same.
+_FUNCTIONS = {"gelu_approximate": functools.partial(keras.activations.gelu, approximate=True)}
+_TENSORFLOWS = {
+    tf.nn.relu: "relu",
+    tf.nn.relu6: "relu6",
+    tf.nn.sigmoid: "sigmoid",
+    tf.nn.softmax: "softmax",
+    tf.nn.tanh: "tanh",
+    tf.nn.silu: "silu",
+    tf.nn.gelu: "gelu",
+    tf.nn.elu: "elu",
+    tf.nn.selu: "selu",
+    tf.nn.softplus: "softplus",
+    tf.nn.softsign: "softsign",
+    tf.nn.leaky_relu: "leaky_relu",
+}
 
 
 def name_of(layer) -> str | None:
@@ -61,7 +76,7 @@ def name_of(layer) -> str | None:
     if isinstance(layer, Operator):
         layer = layer.operation
     if not isinstance(layer, keras.Layer):
-        return _OPERATORS.get(type(layer).__name__)
+        return _name_of_operation(layer)
     if isinstance(layer, _L.ReLU):
         return _name_of_relu(layer)
     if isinstance(layer, _L.Softmax):
@@ -72,10 +87,41 @@ def name_of(layer) -> str | None:
         return "elu"
     if not hasattr(layer, "activation"):
         return None
-    name = keras.activations.serialize(layer.activation)
-    if not isinstance(name, str):
-        name = getattr(layer.activation, "__name__", type(layer.activation).__name__)
-    return _OTHER_NAMES.get(name, name)
+    return _name_of_function(layer.activation)
+
+
+@functools.lru_cache
+def _name_of_function(function) -> str:
+    """Returns Keras's name of an activation, also if another function is one operator of Keras."""
+    for name in KNOWN:
+        if name not in _FUNCTIONS and keras.activations.get(name) is function:
+            return name
+    if function in _TENSORFLOWS:
+        return _TENSORFLOWS[function]
+    name = getattr(function, "__name__", type(function).__name__)
+    # Not its name alone: anybody may call anything gelu.
+    other = f"{name} of {function.__module__}" if name in KNOWN else name
+    return _traced_name(function) or other
+
+
+def _traced_name(function) -> str | None:
+    """Returns the name of an activation that a function computes by one operator."""
+    if isinstance(function, keras.Layer):  # which a call would leave its trace in
+        return None
+    x = keras.KerasTensor((None, 2))
+    try:
+        operation, _, _ = function(x)._keras_history
+        (node,) = operation._inbound_nodes
+        (given,) = node.arguments.keras_tensors
+    except Exception:  # whatever a function does with a symbolic tensor
+        return None
+    name = _name_of_operation(operation)
+    return None if given is not x or (name == "softmax" and operation.axis != -1) else name
+
+
+def _name_of_operation(operation) -> str | None:
+    name = _OPERATORS.get(type(operation).__name__)
+    return "gelu_approximate" if name == "gelu" and operation.approximate else name
 
 
 def _name_of_relu(layer):
@@ -144,7 +190,7 @@ def apply(name: str, x, on_grid):
         return product(x, on_grid("gate", tf.sigmoid(x)))
     if name == "hard_sigmoid":
         return on_grid("clipped", tf.nn.relu6(x + 3.0)) * (1 / 6)
-    y = keras.activations.get(name)(x)
+    y = (_FUNCTIONS.get(name) or keras.activations.get(name))(x)
     if name == "hard_silu" and has_grid(x):
         return note_steps(y, functools.partial(hard_swish, x, y))
     return y
