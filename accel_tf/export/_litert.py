@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pathlib
+import re
 import tempfile
 
 import keras
@@ -157,9 +158,14 @@ class _Plan:
                 self._configure(converter)
                 return converter.convert()
             except Exception as error:
+                unknown = set(re.findall(r"'tf\.(\w+)' op is neither a custom op", str(error)))
+                why = (
+                    f"LiteRT has no operator for {', '.join(sorted(unknown))}. Compute without."
+                    if unknown
+                    else f"{str(error)[-500:]}\n{log()[-1000:]}"
+                )
                 raise ValueError(
-                    f"TensorFlow's converter to LiteRT failed on model {self.model.name!r}: "
-                    f"{str(error)[-500:]}\n{log()[-1000:]}"
+                    f"TensorFlow's converter to LiteRT failed on model {self.model.name!r}: {why}"
                 ) from error
 
     def _configure(self, converter):
