@@ -404,7 +404,7 @@ assert slower > 0.95
 
 # %% [markdown]
 # On this page, {glue:text}`slower` times the time of the float model. And **not every computation has an integer form**. A layer of your own is taken
-# apart into the layers and operators in its `call`; if LiteRT computes one of these only in float, you get an error that names it, and the way out:
+# apart into the layers, weights and operators in its `call`; if LiteRT computes one of these only in float, you get an error that names it, and the way out:
 
 
 # %%

@@ -199,12 +199,16 @@ class _Run(NamedTuple):
     values: list[np.ndarray]
 
 
+# An own weight is no result of the file's: it is computed with, and rounded, when that is written.
+_NOT_RUN = (keras.Model, keras.layers.InputLayer, graphs.OwnWeight)
+
+
 def _runs(model, arrays) -> list[_Run]:
     """Runs the model and notes what each layer computes; parts of a layer are not looked into."""
     runs, alive = [], []
     outer = []
     for path, layer in graphs.walk(model):
-        if not isinstance(layer, (keras.Model, keras.layers.InputLayer)) and not any(
+        if not isinstance(layer, _NOT_RUN) and not any(
             path.startswith(other + "/") for other, _ in outer
         ):
             outer.append((path, layer))

@@ -33,7 +33,8 @@ class QuantizedLayer(keras.layers.Wrapper):
         layer: The layer to run.
         scheme: The number format, such as `Int8()`.
         quantize_inputs: One flag per input tensor: whether it has to be quantized here, because
-            it comes from the outside or from a layer left in float.
+            it comes from the outside or from a layer left in float; `"weight"` for a tensor that is
+            a weight, whose range is that of its values.
         output: `"observe"` to quantize the output with a range of its own; `None` to leave it,
             because it keeps its input's grid or a later layer is computed in the same kernel.
         activation: Name of an activation to apply to the layer's output, after that is quantized.
@@ -54,7 +55,7 @@ class QuantizedLayer(keras.layers.Wrapper):
         self._kept = kept
         self.activation = activation
         self.input_quantizers = [
-            self._quantizer(f"input_{i}") if needed else None
+            self._quantizer(f"input_{i}") if needed is True else None
             for i, needed in enumerate(self.quantize_inputs)
         ]
         last = activation or _activations.name_of(layer)
@@ -118,10 +119,14 @@ class QuantizedLayer(keras.layers.Wrapper):
         """Returns the inputs, quantized where they were not."""
         if not any(self.quantize_inputs):
             return inputs
-        tensors = [
-            x if quantize is None else quantize(x, training=training)
-            for x, quantize in zip(keras.tree.flatten(inputs), self.input_quantizers, strict=True)
-        ]
+        tensors = keras.tree.flatten(inputs)
+        for i, (needed, quantize) in enumerate(
+            zip(self.quantize_inputs, self.input_quantizers, strict=True)
+        ):
+            if needed == "weight":
+                tensors[i] = round_like_activations(tensors[i], self.scheme)
+            elif quantize is not None:
+                tensors[i] = quantize(tensors[i], training=training)
         return keras.tree.pack_sequence_as(inputs, tensors)
 
     def leave(self, y, training):

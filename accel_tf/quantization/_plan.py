@@ -11,7 +11,7 @@ import keras
 from accel_tf import layers as graphs
 from accel_tf import report
 from accel_tf.quantization import _activations, _affine, _layers, _preserve, _same_grid
-from accel_tf.quantization._rules import Rule, obstacle, rule_of
+from accel_tf.quantization._rules import OWN_IDENTITY, Rule, obstacle, rule_of
 from accel_tf.quantization._schemes import Mixed, Scheme, matches
 
 _L = keras.layers
@@ -47,16 +47,17 @@ class Step:
             parts.append("output observed")
         return ", ".join(parts)
 
-    def wrap(self, layer) -> keras.Layer:
-        """Returns the layer that replaces `layer`, without its weights."""
+    def wrap(self, layer, path: str) -> keras.Layer:
+        """Returns the layer that replaces `layer`, which is at `path`, without its weights."""
+        fused = self.activation in _activations.FUSED
         if not isinstance(layer, keras.Layer):
             inner = graphs.Operator.of(layer)
         else:
-            config = layer.get_config()
-            if self.activation and self.activation not in _activations.FUSED:
-                config["activation"] = None
-            inner = type(layer).from_config(config)
-        after = None if self.activation in _activations.FUSED else self.activation
+            # By Keras's name, as a function of the user's could not be loaded.
+            name = self.activation if fused else None
+            changes = {"activation": name} if self.activation else {}
+            inner = graphs.anew(layer, path, **changes)
+        after = None if fused else self.activation
         return self.wrapper(inner, self.scheme, self.quantize_inputs, self.output, after)
 
 
@@ -88,6 +89,7 @@ class Plan:
         }
         self._scheme_at = scheme_at
         self.steps: dict[int, Step] = {}
+        self._constants: set[int] = set()  # tensors that are weights, or computed of them alone
         graph = _Graph(model, self)
         self.input_schemes = [self._scheme_of_input(tensor, graph) for tensor in model.inputs]
         bits = [s and s.activation_bits for s in self.input_schemes]
@@ -125,6 +127,11 @@ class Plan:
         layer, scheme = call.layer, self.scheme_of(call.layer)
         if not isinstance(layer, keras.Layer) and not _has_float(call.outputs):
             return None  # an index or a mask
+        if self._is_constant(call):
+            # Computed beforehand, and put on a grid by what it meets.
+            self._constants.update(id(t) for t in call.outputs)
+            self.steps[id(layer)] = Step(None, why="a weight, rounded where it meets activations")
+            return None
         if scheme is None:
             self.steps.setdefault(id(layer), Step(None, why="excluded: stays in float"))
             return None
@@ -147,7 +154,9 @@ class Plan:
         step = self._step(layer, rule, graph)
         step.scheme = scheme
         step.quantize_inputs = [
-            b != scheme.activation_bits and _wants_grid(t, rule)
+            "weight"
+            if id(t) in self._constants
+            else b != scheme.activation_bits and _wants_grid(t, rule)
             for b, t in zip(given, call.inputs, strict=True)
             if t.dtype != "bool"  # a mask, which is no input of the layer's
         ]
@@ -155,11 +164,17 @@ class Plan:
             step.wrapper = _layers.QuantizedLayer
         if earlier := self.steps.get(id(layer)):  # Shared: what any of its calls needs.
             flags = zip(step.quantize_inputs, earlier.quantize_inputs, strict=True)
-            step.quantize_inputs = [a or b for a, b in flags]
+            step.quantize_inputs = [a if a == b else True for a, b in flags]
             step.wrapper = step.wrapper or earlier.wrapper
             step.output = step.output or earlier.output
         self.steps[id(layer)] = step
         return scheme.activation_bits
+
+    def _is_constant(self, call) -> bool:
+        if isinstance(call.layer, graphs.OwnWeight):
+            return True
+        of_weights = call.inputs and all(id(t) in self._constants for t in call.inputs)
+        return bool(of_weights) and not isinstance(call.layer, keras.Layer)
 
     def _step(self, layer, rule: Rule, graph) -> Step:
         if rule.kind == "grid":
@@ -183,6 +198,8 @@ class Plan:
         layer, kind = call.layer, type(call.layer).__name__
         path = self.paths[id(layer)]
         rule = rule_of(layer)
+        if rule is None and isinstance(layer, keras.Layer) and graphs.passes_on(layer):
+            return OWN_IDENTITY
         if rule is None and not isinstance(layer, keras.Layer):
             inside, _, _ = path.rpartition("/")
             out = f"exclude=[{inside!r}]" if inside else "a layer of your own that you exclude"
@@ -194,7 +211,8 @@ class Plan:
         if rule is None:
             raise ValueError(
                 f"Cannot quantize layer {path!r}: there is no integer form of {kind}. {out}, or "
-                "build the model from the layers that quantize_aware lists."
+                "build the model from the layers that quantize_aware lists; a layer of your own can be "
+                "made of those, of weights and of keras.ops, the same in training and inference."
             )
         if reason := obstacle(layer, call.inputs):
             raise ValueError(f"Cannot quantize layer {path!r} ({kind}): {reason}. {out}.")

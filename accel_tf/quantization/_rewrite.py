@@ -33,7 +33,9 @@ def quantize_aware(
             is not changed, and nothing is shared with it. The layers of Keras are known but for a
             few: dense, convolutional (transposed, depthwise, separable), recurrent, attention,
             embedding, normalization, activation, merging, pooling, padding, resizing and
-            reshaping layers, and the common operators such as `x + y` between layers.
+            reshaping layers, and the common operators such as `x + y` between layers. A layer of
+            your own is taken apart if its `call` is made of such layers, of weights and of
+            `keras.ops`, and computes the same in training, but for what its layers do then.
         scheme: The number format, `Int8()` if not given; `Mixed` for several.
         exclude: Paths of layers to leave in float, as `accel_tf.report_of` shows them; `*` and `?`
             are wildcards, and a nested model's path excludes all of it. How a runtime computes
@@ -94,7 +96,7 @@ def rewrite(model, scheme, exclude, verb) -> keras.Model:
             return None
         if isinstance(layer, keras.Layer):
             require_finite(layer, plan.paths[id(layer)])
-        new = step.wrap(layer)
+        new = step.wrap(layer, plan.paths[id(layer)])
         made.append((layer, new))
         return new
 

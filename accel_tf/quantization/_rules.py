@@ -40,6 +40,7 @@ _ARITHMETIC = Rule("arithmetic", _layers.QuantizedLayer)
 _RESHAPE = Rule("grid", _same_grid.QuantizedReshape)
 _GRID = Rule("grid", _same_grid.QuantizedGrid)
 _IDENTITY = Rule("identity", _same_grid.QuantizedGrid)
+OWN_IDENTITY = Rule("identity")  # of a layer that may not tell the shape of its output
 _NORMALIZATION = Rule("weights", _composite.QuantizedNormalization)
 _RECURRENT = Rule("grid", _recurrent.QuantizedRecurrent)
 _FLOAT = Rule("float")
@@ -71,7 +72,9 @@ RULES: dict[type, Rule] = {
     **dict.fromkeys([_L.BatchNormalization, _L.Rescaling, _L.Normalization, LayerScale], _AFFINE),
     **dict.fromkeys(_layers_of("Activation", "ReLU", "Softmax", "LeakyReLU", "ELU"), _ACTIVATION),
     _L.PReLU: Rule("weights", _layers.QuantizedPReLU),
-    _L.Embedding: Rule("grid", _layers.QuantizedEmbedding),
+    **dict.fromkeys(
+        _layers_of("Embedding", "ReversibleEmbedding"), Rule("grid", _layers.QuantizedEmbedding)
+    ),
     _L.LayerNormalization: _NORMALIZATION,
     _L.MultiHeadAttention: Rule("weights", _composite.QuantizedAttention),
     **dict.fromkeys(_layers_of("LSTM", "GRU", "SimpleRNN"), _RECURRENT),
@@ -124,7 +127,7 @@ RULES: dict[type, Rule] = {
         ),
         _IDENTITY,
     ),
-    StochasticDepth: Rule("identity"),  # which does not tell the shape of its output
+    StochasticDepth: OWN_IDENTITY,
     **dict.fromkeys(
         _layers_of(
             "Conv3D",
@@ -210,6 +213,8 @@ def obstacle(layer, inputs) -> str | None:
         return f"its activation {name!r} is none of {', '.join(_activations.KNOWN)}"
     if getattr(layer, "data_format", "channels_last") == "channels_first":
         return "the integer kernels are channels_last"
+    if any(node.arguments.kwargs.get("reverse") for node in layer._inbound_nodes):
+        return "it is called in reverse, which is a product with the table that it looks up"
     rank = len(inputs[0].shape)
     if isinstance(layer, _L.BatchNormalization | _L.Normalization | _L.LayerNormalization):
         axes = layer.axis if isinstance(layer.axis, tuple | list) else (layer.axis,)
