@@ -31,7 +31,8 @@ class Step:
     @property
     def changes(self) -> bool:
         """Whether the layer computes something else than before, besides handing on its grid."""
-        return self.wrapper is not _same_grid.QuantizedGrid or any(self.quantize_inputs)
+        on_same_grid = (_same_grid.QuantizedGrid, _same_grid.QuantizedIdentity)
+        return self.wrapper not in on_same_grid or any(self.quantize_inputs)
 
     @property
     def note(self) -> str:

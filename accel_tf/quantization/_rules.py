@@ -39,7 +39,7 @@ _SUM = Rule("arithmetic", _layers.QuantizedLayer, fuses=True)
 _ARITHMETIC = Rule("arithmetic", _layers.QuantizedLayer)
 _RESHAPE = Rule("grid", _same_grid.QuantizedReshape)
 _GRID = Rule("grid", _same_grid.QuantizedGrid)
-_IDENTITY = Rule("identity", _same_grid.QuantizedGrid)
+_IDENTITY = Rule("identity", _same_grid.QuantizedIdentity)
 OWN_IDENTITY = Rule("identity")  # of a layer that may not tell the shape of its output
 _NORMALIZATION = Rule("weights", _composite.QuantizedNormalization)
 _RECURRENT = Rule("grid", _recurrent.QuantizedRecurrent)
@@ -94,6 +94,7 @@ RULES: dict[type, Rule] = {
             "ZeroPadding2D",
             "Cropping1D",
             "Cropping2D",
+            "RandomCrop",
             "Permute",
             "RepeatVector",
             "UpSampling1D",
@@ -112,6 +113,7 @@ RULES: dict[type, Rule] = {
             "Dropout",
             "SpatialDropout1D",
             "SpatialDropout2D",
+            "SpatialDropout3D",
             "GaussianNoise",
             "GaussianDropout",
             "AlphaDropout",
@@ -123,7 +125,21 @@ RULES: dict[type, Rule] = {
             "RandomZoom",
             "RandomContrast",
             "RandomBrightness",
-            "RandomCrop",
+            "RandomColorDegeneration",
+            "RandomColorJitter",
+            "RandomElasticTransform",
+            "RandomErasing",
+            "RandomGaussianBlur",
+            "RandomGrayscale",
+            "RandomHue",
+            "RandomInvert",
+            "RandomPerspective",
+            "RandomPosterization",
+            "RandomSaturation",
+            "RandomSharpness",
+            "RandomShear",
+            "RandAugment",
+            "AugMix",
         ),
         _IDENTITY,
     ),
@@ -183,6 +199,8 @@ def graph_of(layer):
 
     For a custom layer that is its `call`.
     """
+    if isinstance(layer, _L.Average):
+        return lambda tensors: functools.reduce(keras.ops.add, tensors) * (1 / len(tensors))
     if isinstance(layer, _L.Bidirectional):
         return functools.partial(_both_ways, layer)
     if isinstance(layer, _L.TimeDistributed) and isinstance(layer.layer, _L.Dense):

@@ -10,7 +10,7 @@ from accel_tf.quantization._layers import QuantizedLayer, call_layer
 
 @keras.saving.register_keras_serializable(package="accel_tf")
 class QuantizedGrid(QuantizedLayer):
-    """Runs a layer whose output is on the grid of its input, such as a pooling or a dropout.
+    """Runs a layer whose output is on the grid of its input, such as a maximum pooling.
 
     Args:
         layer: The layer.
@@ -23,6 +23,20 @@ class QuantizedGrid(QuantizedLayer):
     def run(self, inputs, training, mask):
         """Returns the layer's output for its input."""
         return call_layer(self.layer, inputs, training, mask)
+
+
+@keras.saving.register_keras_serializable(package="accel_tf")
+class QuantizedIdentity(QuantizedGrid):
+    """Runs a layer that returns its input in inference, such as a dropout; a file goes without.
+
+    Args:
+        layer: The layer.
+        scheme, quantize_inputs, output, activation, kwargs: As for `QuantizedLayer`.
+    """
+
+    def run(self, inputs, training, mask):
+        # Some draw random numbers in inference, too, which no file can.
+        return inputs if frozen() else super().run(inputs, training, mask)
 
 
 @keras.saving.register_keras_serializable(package="accel_tf")

@@ -33,7 +33,13 @@ IMAGES = {
     "resized": [L.UpSampling2D(2), L.UpSampling2D(2, interpolation="bilinear"), L.Resizing(9, 7)],
     "slopes": [L.Conv2D(4, 3), L.PReLU("random_uniform", shared_axes=(1, 2)), L.LeakyReLU()],
     "normalized": [L.Normalization(mean=[1.0, 2.0, 3.0], variance=[1.0, 4.0, 9.0]), L.Conv2D(2, 3)],
-    "augmented": [L.RandomFlip(), L.Conv2D(2, 3), L.GlobalMaxPooling2D()],
+    "augmented": [
+        L.RandomFlip(),
+        L.RandomErasing(),
+        L.RandomHue(0.1),
+        L.Conv2D(2, 3),
+        L.GlobalMaxPooling2D(),
+    ],
 }
 SEQUENCES = {
     "separable": [L.SeparableConv1D(4, 3, padding="same", strides=2)],
@@ -112,6 +118,7 @@ def residual_sum():
     x = keras.Input((10, 6))
     y = keras.ops.relu(L.Dense(6)(x) * 0.5 + x)
     y = keras.ops.concatenate([y - 1.0, keras.ops.transpose(y, (0, 1, 2))], axis=-1)
+    y = L.Average(name="average")([y, L.Dense(12)(x), L.Dense(12)(y)])
     return keras.Model(x, L.Dense(4)(keras.ops.mean(y, axis=1)))
 
 
