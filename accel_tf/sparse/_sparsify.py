@@ -37,7 +37,8 @@ def sparsify(
     `Dense`, `Conv2D`, `EinsumDense` and `MultiHeadAttention` layers with enough zeros in their kernels
     become `SparseDense`, `SparseConv2D`, `SparseEinsumDense` and `SparseMultiHeadAttention`; all
     other layers are copied. Layers keep their names, weights, activations and regularizers; nested
-    models are descended into, and a shared layer stays shared. The new model computes the same
+    models are descended into, and a shared layer stays shared. A custom layer of pruned layers becomes
+    a nested model of these if its `call` is made of layers, weights and `keras.ops`. The new model computes the same
     function, up to the rounding of sums. It is not compiled, and its pattern is fixed: what was
     pruned stays pruned if it is trained on.
 
@@ -82,6 +83,8 @@ def sparsify(
     if batch_size < 1:
         raise ValueError(f"batch_size must be positive. Received: {batch_size!r}")
     layers.require_model(model, "sparsify")
+    if isinstance(model, keras.Sequential | layers.Functional):
+        model = layers.expand(model, _graph_of)
     if fuse:
         model = fusion.fuse(model)
     sparsifier = _Sparsifier(min_sparsity, format, batch_size)
@@ -193,6 +196,19 @@ def _obstacle(layer) -> str | None:
         except ValueError as error:
             return str(error)
     return None
+
+
+def _graph_of(path, layer):
+    """Returns what a custom layer computes, if there are pruned layers in it."""
+    if type(layer).__module__.partition(".")[0] in ("keras", "accel_tf"):
+        return None
+    below = layer._flatten_layers(include_self=False)
+    pruned = any(v.built and _obstacle(v) is None and _has_zeros(v.kernel) for v in below)
+    return layer.call if pruned else None
+
+
+def _has_zeros(kernel) -> bool:
+    return not keras.ops.convert_to_numpy(kernel).all()
 
 
 def _lead(layer) -> int:

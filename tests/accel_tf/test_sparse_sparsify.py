@@ -139,6 +139,35 @@ def test_sparsify_nested_and_shared():
     assert {e.layer.split("/")[-1] for e in at.report_of(fast).done} == {"shared", "in_block"}
 
 
+class Block(keras.layers.Layer):
+    """A layer as users write them: others, and a weight."""
+
+    def build(self, shape):
+        self.attention = keras.layers.MultiHeadAttention(2, 8, name="attention")
+        self.dense = keras.layers.Dense(24, activation="relu", name="dense")
+        self.attention.build(shape, shape)
+        self.dense.build(shape)
+        self.scale = self.add_weight(shape=(24,), initializer="ones", name="scale")
+
+    def call(self, x):
+        return (x + self.attention(x, x)) * self.scale + self.dense(x)
+
+
+def test_pruned_layers_in_custom_ones_become_sparse(tmp_path):
+    inputs, block = keras.Input((6, 24)), Block(name="block")
+    model = zero_out(keras.Model(inputs, Block(name="other")(block(block(inputs)))))
+    before = keras.Model(inputs, Block(name="dense")(inputs))
+    assert type(at.sparsify(before).get_layer("dense")) is Block  # nothing to be gained
+    fast = at.sparsify(model, min_sparsity=0.8)
+    found = {entry.layer for entry in at.report_of(fast).done}
+    assert {"block/dense", "other/dense", "block/attention/query"} <= found and len(found) == 10
+    assert_same_function(model, fast)
+    trainable = [v.path for v in fast.trainable_variables if "scale" in v.path]
+    assert len(trainable) == 2
+    fast.save(tmp_path / "fast.keras")  # which needs no class of the user's any more
+    assert_same_function(fast, keras.models.load_model(tmp_path / "fast.keras"))
+
+
 def test_sparsify_says_what_it_cannot_reach():
     model = zero_out(
         keras.Sequential(
