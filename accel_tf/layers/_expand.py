@@ -200,9 +200,12 @@ def _weights_as_layers(layer, tensor):
     As numbers they would be constants of the graph, and lost with the layer.
 
     Raises:
-        ValueError: A weight was read as a number all the same, or changed.
+        ValueError: A weight is a sublayer's, too; or one was read as a number all the same, or changed.
     """
     own = {name: x for name, x in vars(layer).items() if isinstance(x, keras.Variable)}
+    below = {id(v) for sub in layer._flatten_layers(include_self=False) for v in sub.weights}
+    if shared := [v.path for v in own.values() if id(v) in below]:
+        raise ValueError(f"It shares weights with a layer in it: {shared[0]}.")
     trainable = {id(v) for v in layer._trainable_variables}
     symbols = {name: OwnWeight.of(v, layer, id(v) in trainable)(tensor) for name, v in own.items()}
     vars(layer).update(symbols)  # not by setattr, which takes note of weights that come and go

@@ -79,6 +79,17 @@ class Tied(L.Layer):
         return ops.matmul(self.dense(x), ops.transpose(kernel) if self.transposed else kernel)
 
 
+class Alias(Tied):
+    """Calls a sublayer's kernel its own."""
+
+    def build(self, shape):
+        super().build(shape)
+        self.kernel = self.dense.kernel
+
+    def call(self, x):
+        return ops.matmul(self.dense(x), self.kernel)
+
+
 class Counting(L.Layer):
     def build(self, shape):
         self.count = self.add_weight(shape=(), initializer="zeros", trainable=False)
@@ -142,7 +153,7 @@ def test_own_weights_stay_weights(tmp_path):
 
 @pytest.mark.parametrize(
     "layer",
-    [Numbers(), Noise(), NoiseAndMore(), Tied(True), Tied(False), Counting()],
+    [Numbers(), Noise(), NoiseAndMore(), Tied(True), Tied(False), Alias(False), Counting()],
     ids=lambda layer: layer.name,
 )
 def test_what_has_no_graph_is_not_expanded(layer):
