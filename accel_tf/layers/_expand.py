@@ -143,19 +143,20 @@ def _trace(layer, function, training=None):
 
     With `training=None` sublayers compute as is asked for when the graph is run.
     """
+    if len({len(node.arguments.keras_tensors) for node in layer._inbound_nodes}) > 1:
+        return None  # called in different ways, of which each would be a graph of its own
     arguments = layer._inbound_nodes[0].arguments
-    inputs = {}
+    tensors = []
 
     def fresh(x):
         if not isinstance(x, keras.KerasTensor):
             return x
-        inputs.setdefault(id(x), keras.Input(batch_shape=x.shape, dtype=x.dtype))
-        return inputs[id(x)]
+        tensors.append(keras.Input(batch_shape=x.shape, dtype=x.dtype))
+        return tensors[-1]
 
     args, kwargs = keras.tree.map_structure(fresh, (arguments.args, arguments.kwargs))
     if "training" in inspect.signature(function).parameters and kwargs.get("training") is None:
         kwargs["training"] = training
-    tensors = list(inputs.values())
     try:
         with _weights_as_layers(layer, tensors[0]):
             outputs = function(*args, **kwargs)

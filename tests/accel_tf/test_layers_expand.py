@@ -170,6 +170,28 @@ def test_a_size_that_is_not_known_makes_no_graph(length):
     np.testing.assert_array_equal(expand(model)(data(2, 3, 4)), model(data(2, 3, 4)))
 
 
+class Cross(L.Layer):
+    """Attends to something, and to something else if there is any."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.dense = L.Dense(4, name="dense")
+
+    def call(self, x, context, more=None):
+        y = self.dense(x - context)
+        return y if more is None else y + more
+
+
+def test_a_layer_may_be_called_with_one_tensor_twice():
+    a, b, cross = keras.Input((4,)), keras.Input((4,)), Cross(name="cross")
+    model, x = keras.Model([a, b], cross(b, cross(a, a))), [data(2, 4), np.ones((2, 4), "float32")]
+    expanded = expand(model)
+    assert "cross/dense" in dict(layers.walk(expanded)) and expanded is not model
+    np.testing.assert_array_equal(expanded(x), model(x))
+    differently = keras.Model([a, b], cross(b, a, more=b))
+    assert expand(differently) is differently
+
+
 class Stages(L.Layer):
     """Returns its input among its outputs, as backbones do that return all stages."""
 
