@@ -226,8 +226,12 @@ class OwnWeight(keras.layers.Layer):
     It returns the weight, whatever it is called with.
 
     Args:
-        shape, weight_dtype, weight_name, learned, regularizer, constraint: What `add_weight` calls
-            shape, dtype, name, trainable, regularizer and constraint.
+        shape: That of the weight.
+        weight_dtype: That of the weight.
+        weight_name: Its name.
+        learned: Whether it is trained with the layer.
+        regularizer: As for any weight of a Keras layer.
+        constraint: Likewise.
         **kwargs: As for any Keras layer.
     """
 
