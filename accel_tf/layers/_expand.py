@@ -10,10 +10,10 @@ from accel_tf.layers._walk import Functional, calls, walk
 
 
 def functional(model: keras.Model, inputs) -> keras.Model:
-    """Returns a functional model of what a subclassed one computes, which shares its layers.
+    """Returns a functional model of what a subclassed one computes, which shares its weights.
 
     Args:
-        model: A model whose `call` is made of layers and `keras.ops`.
+        model: A model whose `call` is made of layers, weights and `keras.ops`.
         inputs: An example of what it is called with, an array (n, …) or a structure of arrays. Only
             their types, and their shapes but for n, matter.
 
@@ -41,7 +41,10 @@ def functional(model: keras.Model, inputs) -> keras.Model:
     try:
         with _weights_as_layers(model, keras.tree.flatten(tensors)[0]):
             outputs = model.call(tensors)
-        return keras.Model(tensors, outputs, name=model.name)
+        graph = keras.Model(tensors, outputs, name=model.name)
+        if lost := [v.path for call in calls(graph) for v in _variables_given(call.layer)]:
+            raise ValueError(f"It uses {lost[0]} as it is, which is no attribute of the model.")
+        return graph
     except Exception as error:
         raise ValueError(
             f"Model {model.name!r} ({type(model).__name__}) has no graph: its call uses more than "
@@ -173,13 +176,19 @@ def _lacks_something(operation) -> bool:
     That is a sublayer's weight, or a size that is only known at run time, as `None`.
     """
     arguments = operation._inbound_nodes[0].arguments
-    leaves = keras.tree.flatten((arguments.args, arguments.kwargs))
-    if any(isinstance(x, keras.Variable) for x in leaves):
+    if _variables_given(operation):
         return True
     if isinstance(operation, keras.Layer) or type(operation).__name__ == "GetItem":
         return False  # whose None is a new axis
     given = (*vars(operation).values(), *arguments.args, *arguments.kwargs.values())
     return any(isinstance(x, tuple | list) and any(y is None for y in x) for x in given)
+
+
+def _variables_given(operation) -> list[keras.Variable]:
+    """Returns the weights among the arguments of a call, which the graph does not hold."""
+    arguments = operation._inbound_nodes[0].arguments
+    leaves = keras.tree.flatten((arguments.args, arguments.kwargs))
+    return [x for x in leaves if isinstance(x, keras.Variable)]
 
 
 class _Reads(keras.StatelessScope):

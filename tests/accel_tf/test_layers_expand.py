@@ -245,6 +245,17 @@ def test_a_subclassed_model_has_a_functional_form_that_shares_its_weights():
     with pytest.raises(ValueError, match=r"\(Numbers\) has no graph: its call uses more"):
         layers.functional(Numbers(), x)
 
+    class InAList(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.scales = [self.add_weight(shape=(4,), name="scale")]
+
+        def call(self, x):
+            return x * self.scales[0]
+
+    with pytest.raises(ValueError, match=r"\(InAList\) has no graph.*uses .*scale as it is"):
+        layers.functional(InAList(), x)
+
 
 def test_a_layer_whose_configuration_does_not_make_it_is_named():
     class Forgetful(L.Layer):
