@@ -9,6 +9,8 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10; 
 PACKAGES := $(VENV)/.accel-packages
 INSTALLED := $(VENV)/.accel-installed
 OP_SOURCES := $(shell find custom_ops -type f -not -path '*/tests/*')
+# An editable installation has a list of the modules, made when it is installed.
+MODULES := $(wildcard accel_tf/*/__init__.py)
 export JUPYTER_PREFER_ENV_PATH = 1
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 # The compiled op is built for this machine's users alone; pip's own notices are not theirs to mend.
@@ -65,7 +67,7 @@ $(PACKAGES): requirements.lock
 	@$(BIN)/python -m pip install --quiet --requirement requirements.lock
 	@touch $@
 
-$(INSTALLED): $(PACKAGES) pyproject.toml $(OP_SOURCES)
+$(INSTALLED): $(PACKAGES) pyproject.toml $(OP_SOURCES) $(MODULES)
 	@$(MAKE) --no-print-directory tools
 	@echo "Compiling the op and installing accel_tf"
 	@$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
