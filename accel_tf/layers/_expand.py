@@ -175,11 +175,11 @@ def _lacks_something(operation) -> bool:
 
     That is a sublayer's weight, or a size that is only known at run time, as `None`.
     """
-    arguments = operation._inbound_nodes[0].arguments
     if _variables_given(operation):
         return True
     if isinstance(operation, keras.Layer) or type(operation).__name__ == "GetItem":
         return False  # whose None is a new axis
+    arguments = operation._inbound_nodes[0].arguments
     given = (*vars(operation).values(), *arguments.args, *arguments.kwargs.values())
     return any(isinstance(x, tuple | list) and any(y is None for y in x) for x in given)
 

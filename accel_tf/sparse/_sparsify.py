@@ -38,9 +38,9 @@ def sparsify(
     become `SparseDense`, `SparseConv2D`, `SparseEinsumDense` and `SparseMultiHeadAttention`; all
     other layers are copied. Layers keep their names, weights, activations and regularizers; nested
     models are descended into, and a shared layer stays shared. A custom layer of pruned layers becomes
-    a nested model of these if its `call` is made of layers, weights and `keras.ops`. The new model computes the same
-    function, up to the rounding of sums. It is not compiled, and its pattern is fixed: what was
-    pruned stays pruned if it is trained on.
+    a nested model of these if its `call` is made of layers, weights and `keras.ops`. The new model
+    computes the same function, up to the rounding of sums. It is not compiled, and its pattern is
+    fixed: what was pruned stays pruned if it is trained on.
 
     How many zeros are enough, and how the others are packed, is predicted for each layer by the
     `costs()` of the kernels. Those built in are of one host; `tune` measures yours.
