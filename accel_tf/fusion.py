@@ -43,7 +43,7 @@ _KERNELS = {
 }
 
 
-def fuse(model: keras.Model) -> keras.Model:
+def fuse(model: keras.Model, *, verify: bool = True) -> keras.Model:
     """Returns a copy of a model with normalizations and activations fused into the kernels before.
 
     A `BatchNormalization` behind a `Dense`, convolution, transposed, depthwise or separable
@@ -56,14 +56,20 @@ def fuse(model: keras.Model) -> keras.Model:
 
     `accel_tf.report_of(new_model)` tells what became of each normalization and activation, and why.
 
+    A layer that cannot be copied, as its configuration does not make it again, is shared by both models,
+    and the report says so.
+
     Args:
         model: A built functional or sequential model.
+        verify: Whether to compare the new model with `model` on a few samples made from its input
+            specification.
 
     Returns:
         A new model of the same class and name, its layers named as before.
 
     Raises:
-        ValueError: `model` is not built, or it is subclassed.
+        ValueError: `model` is not built, or it is subclassed; or the new model does not compute what
+            `model` does, which is an error in accel_tf or in a custom layer.
 
     Example:
 
@@ -90,10 +96,14 @@ def fuse(model: keras.Model) -> keras.Model:
         chain = plan.chains.get(id(layer))
         return None if chain is None else chain.fused()
 
-    new_model = layers.rebuild(model, replace)
+    shared = []
+    new_model = layers.rebuild(
+        model, replace, on_failure=lambda path: shared.append(Entry(path, layers.NOT_COPIED))
+    )
     done = [Entry(paths[key], chain.note) for key, chain in plan.chains.items()]
     skipped = [Entry(paths[key], note) for key, note in plan.skipped.items()]
-    attach(new_model, Report("fuse", tuple(done), tuple(skipped)))
+    note = layers.require_same("fuse", model, new_model) if verify else ""
+    attach(new_model, Report("fuse", tuple(done), (*skipped, *shared), note))
     return new_model
 
 
@@ -122,16 +132,18 @@ class _Chain(NamedTuple):
             config["activation"] = keras.activations.serialize(_function(self.activation))
         new = type(layer).from_config(config)
         new.build_from_config(layer.get_build_config())
+        new.trainable = layer.trainable
+        if self.normalization is None:
+            layers.copy_state(layer, new, layer.name)
+            return new
         weights = {v.name: array(v) for v in layer.weights}
-        if self.normalization is not None:
-            name, scale = _KERNELS[type(layer)]
-            factor, shift = _affine(self.normalization)
-            bias = weights.get("bias", 0.0)
-            weights[name] = scale(weights[name].astype(np.float64), factor)
-            weights["bias"] = bias * factor + shift
+        name, scale = _KERNELS[type(layer)]
+        factor, shift = _affine(self.normalization)
+        bias = weights.get("bias", 0.0)
+        weights[name] = scale(weights[name].astype(np.float64), factor)
+        weights["bias"] = bias * factor + shift
         for variable in new.weights:
             variable.assign(weights[variable.name].astype(variable.dtype))
-        new.trainable = layer.trainable
         return new
 
 
@@ -142,7 +154,7 @@ class _Plan:
         self.chains: dict[int, _Chain] = {}
         self.gone: set[int] = set()
         self.skipped: dict[int, str] = {}
-        graphs = [model, *(sub for _, sub in layers.walk(model) if isinstance(sub, keras.Model))]
+        graphs = [model, *(sub for _, sub in layers.walk(model) if layers.has_graph(sub))]
         # A list, not a generator: a subclassed model raises here.
         calls = [layers.calls(graph) for graph in graphs]
         self._uses = Counter(id(call.layer) for each in calls for call in each)

@@ -113,18 +113,20 @@ class Report:
         verb: The name of the verb, such as `"prune"`.
         done: An `Entry` for each layer that was changed.
         skipped: An `Entry` for each layer that has weights or computes, yet was left alone.
+        note: How the result was checked against the model that the verb was given.
     """
 
     verb: str
     done: tuple[Entry, ...]
     skipped: tuple[Entry, ...] = ()
+    note: str = ""
 
     @property
     def table(self) -> Table:
         """The report as a `Table`: one row per layer."""
         rows = [(e.layer, "yes", e.note) for e in self.done]
         rows += [(e.layer, "no", e.note) for e in self.skipped]
-        return Table(("layer", "changed", "note"), rows, title=self.summary)
+        return Table(("layer", "changed", "note"), rows, title=self.summary, note=self.note)
 
     @property
     def summary(self) -> str:

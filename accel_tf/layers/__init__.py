@@ -3,23 +3,35 @@
 Every technique needs these two, and they have to treat nested, shared and wrapped layers alike.
 """
 
+from accel_tf.layers._check import difference, require_same, run, samples, sqnr
 from accel_tf.layers._expand import OwnWeight, expand, functional, passes_on
 from accel_tf.layers._operator import Operator
-from accel_tf.layers._rebuild import REMOVED, anew, rebuild
-from accel_tf.layers._walk import Call, calls, require_model, walk
+from accel_tf.layers._rebuild import NOT_COPIED, REMOVED, Site, anew, rebuild, rebuild_calls
+from accel_tf.layers._state import copy_state
+from accel_tf.layers._walk import Call, calls, has_graph, require_model, walk
 from accel_tf.layers._walk import Functional as Functional
 
 __all__ = [
+    "NOT_COPIED",
     "REMOVED",
     "Call",
     "Operator",
     "OwnWeight",
+    "Site",
     "anew",
     "calls",
+    "copy_state",
+    "difference",
     "expand",
     "functional",
+    "has_graph",
     "passes_on",
     "rebuild",
+    "rebuild_calls",
     "require_model",
+    "require_same",
+    "run",
+    "samples",
+    "sqnr",
     "walk",
 ]

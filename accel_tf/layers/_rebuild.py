@@ -5,8 +5,10 @@ from collections.abc import Callable
 
 import keras
 
+from accel_tf import _keras
 from accel_tf.layers._operator import Operator
-from accel_tf.layers._walk import Functional, require_model, walk
+from accel_tf.layers._state import copy_state
+from accel_tf.layers._walk import calls, has_graph, require_model, walk
 
 
 def anew(layer: keras.Layer, path: str, **changes) -> keras.Layer:
@@ -20,6 +22,8 @@ def anew(layer: keras.Layer, path: str, **changes) -> keras.Layer:
     Raises:
         ValueError: The configuration does not make the layer.
     """
+    if type(layer) is keras.layers.Lambda:
+        return _lambda(layer)
     try:
         with warnings.catch_warnings():
             if changes:  # Most likely it is the lambda that goes.
@@ -30,8 +34,21 @@ def anew(layer: keras.Layer, path: str, **changes) -> keras.Layer:
         raise ValueError(
             f"Layer {path!r} ({type(layer).__name__}) cannot be copied, as its configuration does not "
             "make it again: its get_config has to return all that its constructor takes. "
-            f"{type(error).__name__}: {str(error).strip()}"
+            f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
         ) from error
+
+
+def _lambda(layer):
+    """Returns another Lambda of the same function, which a configuration holds as bytes only."""
+    return keras.layers.Lambda(
+        layer.function,
+        output_shape=_keras.lambda_output_shape(layer),
+        mask=layer.mask,
+        arguments=layer.arguments,
+        name=layer.name,
+        dtype=layer.dtype_policy,
+        trainable=layer.trainable,
+    )
 
 
 class _Removed(keras.layers.Layer):
@@ -41,8 +58,15 @@ class _Removed(keras.layers.Layer):
         return inputs
 
 
+# What a report says of a layer that `rebuild` could not make anew.
+NOT_COPIED = "shared with the original model, as its configuration does not make it again"
+
 # What `rebuild` is answered for a layer that is to go.
 REMOVED = object()
+
+# One call of a layer in a model and the models nested in it: the `id` of the first tensor that each
+# call returns, from the outermost nested model down to the layer.
+Site = tuple[int, ...]
 
 
 def rebuild(
@@ -51,12 +75,13 @@ def rebuild(
     on_input: Callable[[int], keras.Layer | None] | None = None,
     input_shape: Callable[[keras.KerasTensor], tuple] | None = None,
     on_operator: Callable[[keras.Operation], keras.Layer | None] | None = None,
+    on_failure: Callable[[str], None] | None = None,
 ) -> keras.Model:
     """Returns a copy of `model`, sharing nothing with it, in which some layers are replaced.
 
     Nested functional and sequential models are rebuilt too; a layer used several times is replaced
     once and stays shared. Layers that are kept are made anew from their configuration and get the
-    weights of the original.
+    state of the original, see `copy_state`.
 
     Args:
         model: A built functional or sequential model.
@@ -69,63 +94,134 @@ def rebuild(
             shape in the copy, with the batch. By default it keeps the shape that it has.
         on_operator: Called once per operator between layers; returns a layer made by `Operator.of`,
             or one around it, or `None` to keep the operator.
+        on_failure: Called with the path of each layer that cannot be made anew, which both models share
+            then. By default that is an error.
 
     Returns:
         A new model of the same class and name, not compiled.
 
     Raises:
-        ValueError: `model`, or a model nested in it, is subclassed, so that it has no graph of
-            layers to rebuild; or the configuration of a layer does not make it again.
+        ValueError: `model` is subclassed, so that it has no graph of layers to rebuild; or the
+            configuration of a layer does not make it again.
     """
-    require_model(model, "rebuild")
-    paths = {id(layer): path for path, layer in walk(model)}
-    kept: list[tuple[keras.Layer, keras.Layer]] = []
-    made: dict[int, keras.Layer] = {}
+    copier = _Copier(model, lambda site, path, layer: replace(path, layer), on_operator)
+    copier.input_shape, copier.on_failure = input_shape, on_failure
+    return copier.copy(on_input)
 
-    def clone(layer):
-        if id(layer) not in made:
-            made[id(layer)] = _clone(layer)
-        return made[id(layer)]
 
-    def _clone(layer):
-        path = paths.get(id(layer), layer.name)
-        if isinstance(layer, keras.Model):
-            return copy(layer, path)
-        if not isinstance(layer, keras.Layer):
-            return (on_operator and on_operator(layer)) or layer
-        new = replace(path, layer)
-        if new is REMOVED:
-            return _Removed(name=layer.name)
-        if new is None:
-            new = anew(layer, path)
-            kept.append((layer, new))
-        return new
+def rebuild_calls(
+    model: keras.Model,
+    replace: Callable[[Site, str, keras.Operation], keras.Layer | None],
+    on_input: Callable[[int], keras.Layer | None] | None = None,
+) -> keras.Model:
+    """Returns a copy of `model` in which each call of a layer has a layer of its own.
 
-    def copy(part, path):
-        if not isinstance(part, (keras.Sequential, Functional)):
+    It is `rebuild` for techniques that keep something for each call, such as a range of activations.
+    A nested model that is called several times is copied for each call. The copies of what `replace`
+    keeps are shared by all calls, as in `model`; what it returns may share weights in the same way.
+    The layer of a second call is renamed to `<name>_call_2`, as names are unique in a graph.
+
+    Args:
+        model: A built functional or sequential model.
+        replace: Called once per call, with the `Site` of the call, the path of the layer or operator,
+            and the layer or operator itself; returns a new layer, or `None` to keep it.
+        on_input: As for `rebuild`.
+
+    Returns, raises: as `rebuild`.
+    """
+    return _Copier(model, replace, None, per_call=True).copy(on_input)
+
+
+class _Copier:
+    """One copy of a model under way."""
+
+    def __init__(self, model, replace, on_operator, per_call=False):
+        require_model(model, "rebuild")
+        self._model, self._replace, self._on_operator = model, replace, on_operator
+        self._per_call = per_call
+        self.input_shape = self.on_failure = None
+        self._paths = {id(layer): path for path, layer in walk(model)}
+        self._kept: list[tuple[keras.Layer, keras.Layer, str]] = []
+        self._made: dict[tuple, keras.Layer] = {}
+        self._calls: dict[tuple, int] = {}
+
+    def copy(self, on_input) -> keras.Model:
+        """Returns the copy, with the layers of `on_input` behind its inputs."""
+        new_model = self._copy_model(self._model, self._model.name, ())
+        if on_input is not None:
+            count = len(new_model.inputs)
+            new_model = _enter_by(new_model, [on_input(i) for i in range(count)])
+        for old, new, path in self._kept:
+            copy_state(old, new, path)
+            new.trainable = old.trainable
+        return new_model
+
+    def _copy_model(self, part, path, site, name=None):
+        if not has_graph(part):
             raise ValueError(
                 f"Model {path!r} ({type(part).__name__}) is subclassed: it has no graph of layers "
                 "to rebuild. Write it as a functional or sequential model, or apply the technique "
                 "to the functional models inside it."
             )
+        sequence = iter(calls(part))  # in the order in which Keras runs through the graph
+
+        def clone(layer):
+            call = next(call for call in sequence if call.layer is layer)
+            return self._copy_layer(layer, (*site, id(call.outputs[0])))
+
         # A compiled model's clone would be compiled too, with what its loss and metrics were then.
         compiled, part.compiled = part.compiled, False
         try:
-            new = _clone_model(part, clone, _starts(part, input_shape))
+            new = _clone_model(part, clone, _starts(part, self.input_shape))
         finally:
             part.compiled = compiled
+        if name is not None:
+            new.name = name
         if not part.trainable:
             new.trainable = False
         return new
 
-    new_model = copy(model, model.name)
-    if on_input is not None:
-        new_model = _enter_by(new_model, [on_input(i) for i in range(len(new_model.inputs))])
-    for old, new in kept:
-        if old.weights:
-            new.set_weights(old.get_weights())
-        new.trainable = old.trainable
-    return new_model
+    def _copy_layer(self, layer, site):
+        key = site if self._per_call else (id(layer),)
+        if key not in self._made:
+            self._made[key] = self._new_layer(layer, site)
+        return self._made[key]
+
+    def _new_layer(self, layer, site):
+        path = self._paths.get(id(layer), layer.name)
+        parent = (*site[:-1], id(layer))
+        count = self._calls[parent] = self._calls.get(parent, 0) + 1
+        name = f"{layer.name}_call_{count}" if count > 1 else None
+        if has_graph(layer):
+            return self._copy_model(layer, path, site, name)
+        if not isinstance(layer, keras.Layer) and not self._per_call:
+            return (self._on_operator and self._on_operator(layer)) or layer
+        new = self._replace(site, path, layer)
+        if new is REMOVED:
+            return _Removed(name=layer.name)
+        if new is None:
+            return self._keep(layer, path)
+        if name is not None:
+            new.name = name
+        return new
+
+    def _keep(self, layer, path):
+        if not isinstance(layer, keras.Layer):
+            return layer
+        key = ("kept", id(layer))
+        if key not in self._made:
+            self._made[key] = self._anew(layer, path)
+            self._kept.append((layer, self._made[key], path))
+        return self._made[key]
+
+    def _anew(self, layer, path):
+        try:
+            return anew(layer, path)
+        except ValueError:
+            if self.on_failure is None:
+                raise
+            self.on_failure(path)
+            return layer
 
 
 def _clone_model(model, clone, starts):
@@ -136,6 +232,7 @@ def _clone_model(model, clone, starts):
         return new if len(rest) == len(new.layers) else _sequential(new, rest)
 
     def call(layer, *args, **kwargs):
+        layer = clone(layer)
         if isinstance(layer, _Removed):
             return args[0]
         if isinstance(getattr(layer, "layer", layer), Operator):  # It holds the other arguments.
@@ -144,8 +241,9 @@ def _clone_model(model, clone, starts):
             return layer(tensors[0] if len(tensors) == 1 else tensors)
         return layer(*args, **kwargs)
 
+    # Keras asks for the clone of a layer once, but calls it for each node of the graph.
     return keras.models.clone_model(
-        model, input_tensors=starts, clone_function=clone, call_function=call
+        model, input_tensors=starts, clone_function=lambda layer: layer, call_function=call
     )
 
 

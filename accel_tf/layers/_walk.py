@@ -1,5 +1,6 @@
 """The layers of a model with their paths, and the calls in its graph."""
 
+import inspect
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -34,7 +35,13 @@ def walk(model: keras.Layer) -> Iterator[tuple[str, keras.Layer]]:
 
 
 class Call(NamedTuple):
-    """One call of a layer in a model's graph: the layer, the tensors it got and those it returned."""
+    """One call of a layer in a model's graph.
+
+    Attributes:
+        layer: The layer or operator.
+        inputs: The tensors that it was called with, except for the masks of a layer.
+        outputs: The tensors that it returned.
+    """
 
     layer: keras.Operation
     inputs: tuple[keras.KerasTensor, ...]
@@ -61,10 +68,26 @@ def calls(model: keras.Model) -> list[Call]:
             "apply the technique to the functional models inside it."
         )
     return [
-        Call(node.operation, tuple(node.input_tensors), tuple(node.outputs))
+        Call(node.operation, _inputs(node), tuple(node.outputs))
         for depth in sorted(graph._nodes_by_depth, reverse=True)
         for node in graph._nodes_by_depth[depth]
     ]
+
+
+def _inputs(node) -> tuple[keras.KerasTensor, ...]:
+    """Returns the tensors of a call, without those that Keras or the user passed as masks."""
+    if not isinstance(node.operation, keras.Layer):
+        return tuple(node.input_tensors)
+    args, kwargs = node.arguments.args, node.arguments.kwargs
+    names = [*inspect.signature(node.operation.call).parameters]
+    named = [*zip([*names, *[""] * len(args)], args, strict=False), *kwargs.items()]
+    given = [x for name, x in named if name != "mask" and not name.endswith("_mask")]
+    return tuple(x for x in keras.tree.flatten(given) if isinstance(x, keras.KerasTensor))
+
+
+def has_graph(model) -> bool:
+    """Whether a model is functional or sequential, so that `calls` can follow it."""
+    return isinstance(model, (keras.Sequential, Functional))
 
 
 def require_model(model, verb: str) -> None:

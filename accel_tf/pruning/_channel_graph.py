@@ -152,7 +152,7 @@ class ChannelGraph:
                 for tensor in call.outputs:
                     if id(tensor) not in self.ids:
                         self.ids[id(tensor)] = self._unknown(tensor, "they are the model's inputs")
-            elif isinstance(layer, keras.Model):
+            elif layers.has_graph(layer):
                 self._enter(layer, call)
             else:
                 self._apply(call)

@@ -1,5 +1,6 @@
 """The verbs `mask_channels` and `remove_channels`: whole channels to zero, and out of the model."""
 
+import dataclasses
 import math
 
 import keras
@@ -71,13 +72,18 @@ def mask_channels(
     report = _mask_report(graph, removed)
     if not report.done:
         raise ValueError(f"No channel of model {model.name!r} can be masked:\n{report}")
+    _mask(graph, removed)
+    attach(model, report)
+    return report
+
+
+def _mask(graph, removed) -> None:
+    """Sets the weights of removed channels to zero, in place."""
     for part in graph.parts.values():
         for slot in (slot for slot in part.slots if slot.zero):
             value = np.moveaxis(np.array(keras.ops.convert_to_numpy(slot.variable)), slot.axis, 0)
             value[removed[slot.ids]] = 0
             slot.variable.assign(np.moveaxis(value, 0, slot.axis))
-    attach(model, report)
-    return report
 
 
 def remove_channels(
@@ -88,6 +94,7 @@ def remove_channels(
     include=None,
     exclude=None,
     multiple_of: int = 1,
+    verify: bool = True,
 ) -> keras.Model:
     """Returns a smaller copy of `model`: a plain, dense Keras model that has fewer channels.
 
@@ -117,13 +124,16 @@ def remove_channels(
         include: Remove only outputs of these layers, and of those below them; written as in `prune`.
         exclude: Keep all outputs of these layers, and of those below them.
         multiple_of: Round the number that remains up to a multiple of this; with `amount`.
+        verify: Whether to compare the new model, on a few samples made from the input specification,
+            with `model` once its channels are masked.
 
     Returns:
         A new model of the same class and name, not compiled.
 
     Raises:
         ValueError: An argument is out of range, a selector matches no layer, nothing can be removed,
-            or the model is not built, or subclassed.
+            or the model is not built, or subclassed; or the new model does not compute what `model`
+            does, which is an error in accel_tf or in a custom layer.
 
     Example:
 
@@ -157,8 +167,25 @@ def remove_channels(
     if not report.done:
         raise ValueError(f"No channel of model {model.name!r} can be removed:\n{report}")
     new_model = _smaller(graph, model, dead.removed, dead.shifts)
+    if verify:
+        note = _checked(graph, model, new_model, dead.removed if amount is not None else None)
+        report = dataclasses.replace(report, note=note)
     attach(new_model, report)
     return new_model
+
+
+def _checked(graph, model, new_model, masked) -> str:
+    """Compares a smaller model with the one that it was made of, once channels of that are masked."""
+    x = layers.samples(model)
+    if masked is None or x is None:
+        return layers.require_same("remove_channels", model, new_model, x)
+    before = model.get_weights()
+    try:
+        _mask(graph, masked)
+        expected = layers.run(model, x)
+    finally:
+        model.set_weights(before)
+    return layers.require_same("remove_channels", model, new_model, x, expected)
 
 
 def _smaller(graph, model, removed, shifts) -> keras.Model:

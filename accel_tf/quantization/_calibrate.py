@@ -1,16 +1,23 @@
 """Post-training quantization: the ranges of a fake-quantized model from data, without training."""
 
+import dataclasses
+import warnings
 from collections.abc import Sequence
 
 import keras
 import tensorflow as tf
 
-from accel_tf.layers import walk
+from accel_tf.layers import difference, run, samples, walk
 from accel_tf.quantization._checks import require_ranges
 from accel_tf.quantization._fake import FakeQuantize, observing
 from accel_tf.quantization._observers import MinMax
-from accel_tf.quantization._rewrite import rewrite
+from accel_tf.quantization._rewrite import require_same_unrounded, rewrite
 from accel_tf.quantization._schemes import Int8, Mixed, Scheme
+from accel_tf.report import attach, report_of
+
+# How many samples of the data the result is compared on, and the ratio below which it warns, in dB.
+_CHECKED = 16
+_LEAST = 10.0
 
 
 def calibrate(
@@ -21,6 +28,7 @@ def calibrate(
     exclude: Sequence[str] = (),
     batch_size: int = 32,
     verbose: int = 1,
+    verify: bool = True,
 ) -> keras.Model:
     """Returns a copy of `model` with fake quantization, with ranges observed on `data`.
 
@@ -40,13 +48,17 @@ def calibrate(
         exclude: Paths of layers to leave in float, as for `quantize_aware`.
         batch_size: How many inputs of an array to run at a time.
         verbose: 1 for a progress bar, 0 for silence.
+        verify: Whether to compare the new model with `model` on the first samples of the data. With
+            nothing rounded it has to compute the same. What rounding costs is noted in the report as a
+            signal-to-quantization-noise ratio, and a warning is given if that is below 10 dB.
 
     Returns:
         A new model of the same class, not compiled.
 
     Raises:
         ValueError: As `quantize_aware`; `data` has no batch or an empty one, or has NaN or infinite
-            values; or a layer's values are such that there is no grid for them.
+            values; or a layer's values are such that there is no grid for them; or the new model,
+            with nothing rounded, does not compute what `model` does.
 
     Example:
 
@@ -66,13 +78,22 @@ def calibrate(
     if not isinstance(scheme, Scheme | Mixed):
         raise ValueError(f"calibrate expects a scheme such as Int8(), received {scheme!r}.")
     quantized = rewrite(model, scheme.with_default(MinMax()), exclude, "calibrate")
-    if data is None:
-        if any(isinstance(layer, FakeQuantize) for _, layer in walk(quantized)):
-            raise ValueError(
-                "calibrate needs data to find the ranges of activations, received None."
-            )
-        return quantized
-    batches = _batches(data, batch_size)
+    x = None
+    if data is not None:
+        x = _observe(quantized, _batches(data, batch_size), verbose)
+        require_ranges(quantized)
+    elif any(isinstance(layer, FakeQuantize) for _, layer in walk(quantized)):
+        raise ValueError("calibrate needs data to find the ranges of activations, received None.")
+    if scheme != scheme.with_default(MinMax()):
+        quantized = _with_observers(model, quantized, scheme, exclude)
+    if verify:
+        require_same_unrounded("calibrate", model, quantized, x)
+        _note_noise(model, quantized, x)
+    return quantized
+
+
+def _observe(quantized, batches, verbose):
+    """Runs a quantized model on the data for its ranges; returns the first samples."""
     try:
         total = len(batches)
     except TypeError:
@@ -81,10 +102,10 @@ def calibrate(
 
     def observe(*tensors):
         quantized(tf.nest.pack_sequence_as(structure, tensors), training=False)
-        finite = [tf.reduce_all(tf.math.is_finite(tf.cast(t, tf.float32))) for t in tensors]
-        return tf.reduce_all(tf.stack(finite))
+        floats = [t for t in tensors if t.dtype.is_floating]
+        return tf.reduce_all([tf.reduce_all(tf.math.is_finite(t)) for t in floats])
 
-    step, traced = 0, {}
+    step, traced, first = 0, {}, None
     with observing():
         for step, batch in enumerate(batches, start=1):
             is_pair = isinstance(batch, tuple)
@@ -95,6 +116,8 @@ def calibrate(
                     f"Batch {step - 1} of the calibration data is empty: its shape is "
                     f"{', '.join(str(tuple(x.shape)) for x in tensors)}. Leave such batches out."
                 )
+            if first is None:
+                first = tf.nest.pack_sequence_as(structure, [x[:_CHECKED] for x in tensors])
             # Once for all batches, the last and smaller one included, unless images vary in size.
             specs = tuple(tf.TensorSpec((None, *x.shape[1:]), x.dtype) for x in tensors)
             if specs not in traced:
@@ -111,10 +134,14 @@ def calibrate(
             "calibrate needs at least one batch of data; received none. An iterator that was read "
             "before is empty: pass the data anew."
         )
-    require_ranges(quantized)
-    if scheme == scheme.with_default(MinMax()):
-        return quantized
-    # Extremes only ever grow, so training goes on with an observer that follows the model.
+    return first
+
+
+def _with_observers(model, quantized, scheme, exclude):
+    """Returns the model of a scheme without observer: ranges as found, and followed by the moving average.
+
+    Extremes only ever grow, so training goes on with an observer that follows the model.
+    """
     result = rewrite(model, scheme, exclude, "calibrate")
     for (_, found), (_, layer) in zip(walk(quantized), walk(result), strict=True):
         if not isinstance(layer, FakeQuantize) or layer.fixed is not None:
@@ -124,6 +151,25 @@ def calibrate(
         elif found.observer.seen(found):
             layer.observer.start(layer, *found.observer.range(found))
     return result
+
+
+def _note_noise(model, quantized, x):
+    """Adds what rounding costs to the report, and warns if that is much."""
+    x = samples(model) if x is None else x
+    if x is None:
+        return
+    ratio = difference(run(model, x), run(quantized, x))
+    found = report_of(quantized)
+    note = f"{found.note} With rounding: {ratio:.1f} dB."
+    attach(quantized, dataclasses.replace(found, note=note))
+    if ratio < _LEAST:
+        warnings.warn(
+            f"Quantized, model {model.name!r} differs from the original much: its outputs have a "
+            f"signal-to-quantization-noise ratio of {ratio:.1f} dB on the first samples of the data, where "
+            f"{_LEAST:g} dB and more are usual. accel_tf.quantization.quantization_error(quantized, x) tells "
+            "which layers cause it; leave those in float with exclude=[...].",
+            stacklevel=3,
+        )
 
 
 def _batches(data, batch_size):

@@ -81,6 +81,13 @@ class QuantizedOperator(QuantizedLayer):
         scheme, quantize_inputs, output, activation, kwargs: As for `QuantizedLayer`.
     """
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.supports_masking = True  # A mask ends here, as it does at the operator.
+
+    def compute_mask(self, inputs, previous_mask=None):
+        return None
+
     def compute(self, inputs, training, mask):
         def rounded(constant):
             if np.ndim(constant) and np.asarray(constant).dtype.kind == "f":

@@ -113,8 +113,9 @@ def quantization_error(
     """
     require_model(quantized, "quantization_error")
     steps = _steps(quantized)
+    calls = _calls_by_layer(steps)
     batches = _batches(x, batch_size)
-    bar = keras.utils.Progbar(len(steps) + 2, verbose=verbose, unit_name="layer")
+    bar = keras.utils.Progbar(len(calls) + 2, verbose=verbose, unit_name="layer")
 
     floats, everything, powers = [], [], {path: np.zeros(2) for path in steps}
     with _recording(steps) as records:
@@ -124,25 +125,25 @@ def quantization_error(
             everything += _run(quantized, [batch], steps, tuple(steps))
             for path, record in records.items():
                 powers[path] += _powers(clean[path], record.take())
-    own = {path: _decibels(*power) for path, power in powers.items()}
+    own = {path: _decibels(*sum(powers[p] for p in paths)) for path, paths in calls.items()}
     total = _ratio(floats, everything)
     bar.add(2)
     alone = {}
-    for path in steps:
-        alone[path] = _ratio(floats, _run(quantized, batches, steps, (path,)))
+    for path, paths in calls.items():
+        alone[path] = _ratio(floats, _run(quantized, batches, steps, paths))
         bar.add(1)
 
-    def without(paths):
-        rest = tuple(path for path in steps if path not in paths)
+    def without(excluded):
+        rest = [p for path, paths in calls.items() if path not in excluded for p in paths]
         return _ratio(floats, _run(quantized, batches, steps, rest))
 
     # The quantizer of an input is no layer to exclude, and one that costs nothing need not be.
-    able = (p for p, layer in steps.items() if isinstance(layer, QuantizedLayer))
+    able = (path for path in calls if isinstance(steps[path], QuantizedLayer))
     worst = sorted((path for path in able if alone[path] < math.inf), key=alone.get)
     count = _first(len(worst), lambda n: (without(worst[:n]) if n else total) >= target)
-    suggestion = [path for path in steps if path in worst[:count]]
+    suggestion = [path for path in calls if path in worst[:count]]
     reached = without(suggestion) if suggestion else total
-    rows = [(path, alone[path], own[path], "yes" if path in suggestion else "") for path in steps]
+    rows = [(path, alone[path], own[path], "yes" if path in suggestion else "") for path in calls]
     note = f"All layers: {total:.4g} dB; the target is {target:.4g} dB."
     if suggestion:
         note += f" With those suggested in float: {reached:.4g} dB"
@@ -180,6 +181,15 @@ def _steps(model) -> dict[str, keras.Layer]:
             "fit, or make it with calibrate, first."
         )
     return steps
+
+
+def _calls_by_layer(steps) -> dict[str, list[str]]:
+    """Returns the paths of all calls of each layer, by the path that it has in the float model."""
+    found: dict[int, list[str]] = {}
+    for path, layer in steps.items():
+        found.setdefault(id(getattr(layer, "layer", layer)), []).append(path)
+    # The names of further calls are longer, see `layers.rebuild_calls`.
+    return {min(paths, key=len): paths for paths in found.values()}
 
 
 def _batches(x, size):

@@ -9,6 +9,7 @@ import inspect
 import keras
 import tensorflow as tf
 
+from accel_tf import _keras
 from accel_tf.quantization import _activations, _preserve
 from accel_tf.quantization._fake import FakeQuantize, becomes_integers, frozen, is_unrounded
 from accel_tf.quantization._grids import Sums, grid_of, note_sums
@@ -39,11 +40,21 @@ class QuantizedLayer(keras.layers.Wrapper):
             because it keeps its input's grid or a later layer is computed in the same kernel.
         activation: Name of an activation to apply to the layer's output, after that is quantized.
         kept: Which zeros and clusters of the layer's weights to hold, as `_preserve.held` returns it.
+        shared: A key that the wrappers of several calls of one layer have in common, by which they
+            share it again when their model is loaded.
         **kwargs: As for any Keras layer.
     """
 
     def __init__(
-        self, layer, scheme, quantize_inputs=(), output=None, activation=None, kept=(), **kwargs
+        self,
+        layer,
+        scheme,
+        quantize_inputs=(),
+        output=None,
+        activation=None,
+        kept=(),
+        shared=None,
+        **kwargs,
     ):
         kwargs.setdefault("name", layer.name)
         kwargs.setdefault("dtype", layer.dtype_policy)
@@ -52,7 +63,7 @@ class QuantizedLayer(keras.layers.Wrapper):
         self.scheme = scheme
         self.quantize_inputs = list(quantize_inputs)
         self.output_mode = output
-        self._kept = kept
+        self._kept, self.shared = kept, shared
         self.activation = activation
         self.input_quantizers = [
             self._quantizer(f"input_{i}") if needed is True else None
@@ -181,7 +192,10 @@ class QuantizedLayer(keras.layers.Wrapper):
         if name in _activations.APPLIED:
             return _activations.apply(name, inputs, self.on_grid(training))
         inputs = self.on_one_grid(inputs)
-        return self.noted(inputs, call_layer(self.layer, inputs, training, mask))
+        y = call_layer(self.layer, inputs, training, mask)
+        if any(m is not None for m in keras.tree.flatten(mask)) and takes(self.layer, "mask"):
+            return y  # The integer kernels that `note` knows take no mask.
+        return self.noted(inputs, y)
 
     def on_one_grid(self, inputs):
         """Returns the inputs, those of a concatenation as a file needs them, see `moved`."""
@@ -209,13 +223,21 @@ class QuantizedLayer(keras.layers.Wrapper):
             "output": self.output_mode,
             "activation": self.activation,
             "kept": _preserve.held(self.layer) if self.built else self._kept,
+            "shared": self.shared,
         }
         return {**super().get_config(), **config}
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
-        scheme = keras.saving.deserialize_keras_object(config["scheme"], custom_objects)
-        return super().from_config({**config, "scheme": scheme}, custom_objects)
+        def load(name):
+            return keras.saving.deserialize_keras_object(config[name], custom_objects)
+
+        # Keras itself loses that wrappers share a layer: it notes so in a copy of the configuration.
+        key = config.get("shared")
+        layer = (key and _keras.shared_object(key)) or load("layer")
+        if key:
+            _keras.record_shared_object(key, layer)
+        return cls(**{**config, "layer": layer, "scheme": load("scheme")})
 
 
 @keras.saving.register_keras_serializable(package="accel_tf")
@@ -339,5 +361,9 @@ class QuantizedPReLU(QuantizedLayer):
 def call_layer(layer, inputs, training, mask):
     """Calls a layer with what it takes of `training` and `mask`."""
     given = {"training": training, "mask": mask}
-    known = inspect.signature(layer.call).parameters
-    return layer(inputs, **{name: value for name, value in given.items() if name in known})
+    return layer(inputs, **{name: value for name, value in given.items() if takes(layer, name)})
+
+
+def takes(layer, argument: str) -> bool:
+    """Whether the `call` of a layer has an argument of that name."""
+    return argument in inspect.signature(layer.call).parameters

@@ -19,7 +19,7 @@ _L = keras.layers
 
 @dataclasses.dataclass
 class Step:
-    """What becomes of one layer; `wrapper` is `None` if it stays as it is."""
+    """What becomes of one call of a layer; `wrapper` is `None` if it stays as it is."""
 
     wrapper: type | None
     scheme: Scheme | None = None
@@ -48,17 +48,21 @@ class Step:
             parts.append("output observed")
         return ", ".join(parts)
 
-    def wrap(self, layer, path: str) -> keras.Layer:
-        """Returns the layer that replaces `layer`, which is at `path`, without its weights."""
-        fused = self.activation in _activations.FUSED
+    def inner(self, layer, path: str) -> keras.Layer:
+        """Returns the layer for the wrapper to run, a copy of `layer` at `path` without its weights."""
         if not isinstance(layer, keras.Layer):
-            inner = graphs.Operator.of(layer)
-        else:
+            return graphs.Operator.of(layer)
+        # A LoRA update becomes a part of the kernel when the state is copied.
+        changes = {"lora_rank": None} if getattr(layer, "lora_enabled", False) else {}
+        if self.activation:
             # By Keras's name, as a function of the user's could not be loaded.
-            name = self.activation if fused else None
-            changes = {"activation": name} if self.activation else {}
-            inner = graphs.anew(layer, path, **changes)
-        after = None if fused else self.activation
+            fused = self.activation in _activations.FUSED
+            changes["activation"] = self.activation if fused else None
+        return graphs.anew(layer, path, **changes)
+
+    def wrap(self, inner) -> keras.Layer:
+        """Returns the layer that stands for one call, around what `inner` returned."""
+        after = None if self.activation in _activations.FUSED else self.activation
         return self.wrapper(inner, self.scheme, self.quantize_inputs, self.output, after)
 
 
@@ -70,7 +74,9 @@ def _weights_note(scheme):
 
 
 class Plan:
-    """Decides on a `Step` for each layer by following the graph from the inputs to the outputs.
+    """Decides on a `Step` for each call of a layer by following the graph from inputs to outputs.
+
+    Quantization parameters belong to a call: a shared layer may read tensors of different ranges.
 
     Args:
         model: The model to rewrite.
@@ -78,7 +84,8 @@ class Plan:
 
     Attributes:
         paths: The path of each layer and operator, by id.
-        steps: The `Step` of each layer and operator, by id.
+        steps: The `Step` of each call of a layer or operator, by its `Site`.
+        layers: The layer or operator of each of these calls.
         input_schemes: For each input of the model the scheme to quantize it with, or `None`.
     """
 
@@ -89,12 +96,13 @@ class Plan:
             if not isinstance(layer, _L.InputLayer)
         }
         self._scheme_at = scheme_at
-        self.steps: dict[int, Step] = {}
+        self.steps: dict[graphs.Site, Step] = {}
+        self.layers: dict[graphs.Site, keras.Operation] = {}
         self._constants: set[int] = set()  # tensors that are weights, or computed of them alone
         graph = _Graph(model, self)
         self.input_schemes = [self._scheme_of_input(tensor, graph) for tensor in model.inputs]
         bits = [s and s.activation_bits for s in self.input_schemes]
-        self._follow(model, bits)
+        self._follow(model, bits, ())
 
     def scheme_of(self, layer) -> Scheme | None:
         """Returns the scheme of a layer or operator, `None` if it stays in float."""
@@ -108,68 +116,60 @@ class Plan:
         bits = {scheme and scheme.activation_bits for scheme in schemes}
         return schemes[0] if len(bits) == 1 and None not in bits else None
 
-    def _follow(self, model, input_bits) -> list[int | None]:
-        """Plans the layers of `model`; returns each output's bits, `None` if it is on no grid."""
+    def _follow(self, model, input_bits, site) -> list[int | None]:
+        """Plans the calls in `model`; returns each output's bits, `None` if it is not quantized."""
         graph = _Graph(model, self)
         bits = {id(t): b for t, b in zip(model.inputs, input_bits, strict=True)}
         for call in graph.calls:
             if isinstance(call.layer, _L.InputLayer):
                 continue
             given = [bits[id(t)] for t in call.inputs]
+            here = (*site, id(call.outputs[0]))
             nested = isinstance(call.layer, keras.Model)
             if nested and self.scheme_of(call.layer) is not None:
-                results = self._follow(call.layer, given)
+                results = self._follow(call.layer, given, here)
             else:
-                results = [self._plan(call, given, graph)] * len(call.outputs)
+                step, result = self._plan(call, given, graph)
+                if step is not None:
+                    self.steps[here], self.layers[here] = step, call.layer
+                results = [result] * len(call.outputs)
             bits.update((id(t), b) for t, b in zip(call.outputs, results, strict=True))
         return [bits[id(t)] for t in model.outputs]
 
-    def _plan(self, call, given, graph) -> int | None:
+    def _plan(self, call, given, graph) -> tuple[Step | None, int | None]:
+        """Returns the step for a call whose inputs have `given` bits, and the bits of its output."""
         layer, scheme = call.layer, self.scheme_of(call.layer)
-        if not isinstance(layer, keras.Layer) and not _has_float(call.outputs):
-            return None  # an index or a mask
+        if not _has_float(call.outputs):
+            return None, None  # an index, a mask or a string
         if self._is_constant(call):
             # Computed beforehand, and put on a grid by what it meets.
             self._constants.update(id(t) for t in call.outputs)
-            self.steps[id(layer)] = Step(None, why="a weight, rounded where it meets activations")
-            return None
+            return Step(None, why="a weight, rounded where it meets activations"), None
         if scheme is None:
-            self.steps.setdefault(id(layer), Step(None, why="excluded: stays in float"))
-            return None
+            return Step(None, why="excluded: stays in float"), None
         rule = self._check(call)
         unchanged = given[0] if given and len(set(given)) == 1 else None
         if rule.kind == "identity":
             wrapper = rule.wrapper if unchanged else None
-            step = Step(wrapper, scheme, why="nothing to compute in inference")
-            self.steps[id(layer)] = step
-            return unchanged
+            return Step(wrapper, scheme, why="nothing to compute in inference"), unchanged
         if rule.kind == "float":
             why = f"stays in float: LiteRT has no int8 kernel for {type(layer).__name__}"
-            self.steps[id(layer)] = Step(None, why=why)
-            return None
+            return Step(None, why=why), None
         if scheme.activation_bits is None:
             rounds = rule.wrapper is not None and rule.wrapper.rounds_weights
             step = Step(rule.wrapper, scheme) if rounds else Step(None, why="computes in float")
-            self.steps[id(layer)] = step
-            return unchanged if rule.kind == "grid" and not rounds else None
-        step = self._step(layer, rule, graph)
+            return step, unchanged if rule.kind == "grid" and not rounds else None
+        step = self._step(call, rule, graph)
         step.scheme = scheme
         step.quantize_inputs = [
             "weight"
             if id(t) in self._constants
             else b != scheme.activation_bits and _wants_grid(t, rule)
             for b, t in zip(given, call.inputs, strict=True)
-            if t.dtype != "bool"  # a mask, which is no input of the layer's
         ]
         if any(step.quantize_inputs) and step.wrapper is None:
             step.wrapper = _layers.QuantizedLayer
-        if earlier := self.steps.get(id(layer)):  # Shared: what any of its calls needs.
-            flags = zip(step.quantize_inputs, earlier.quantize_inputs, strict=True)
-            step.quantize_inputs = [a if a == b else True for a, b in flags]
-            step.wrapper = step.wrapper or earlier.wrapper
-            step.output = step.output or earlier.output
-        self.steps[id(layer)] = step
-        return scheme.activation_bits
+        return step, scheme.activation_bits
 
     def _is_constant(self, call) -> bool:
         if isinstance(call.layer, graphs.OwnWeight):
@@ -177,14 +177,15 @@ class Plan:
         of_weights = call.inputs and all(id(t) in self._constants for t in call.inputs)
         return bool(of_weights) and not isinstance(call.layer, keras.Layer)
 
-    def _step(self, layer, rule: Rule, graph) -> Step:
+    def _step(self, call, rule: Rule, graph) -> Step:
+        layer = call.layer
         if rule.kind == "grid":
             rounds = rule.wrapper is not None and rule.wrapper.rounds_weights
             return Step(rule.wrapper, why="" if rounds else "int8 on its input's grid")
-        follower = graph.fused_into(layer)
+        follower = graph.fused_into(call)
         output = None if follower else "observe"
-        why = f"computed in one kernel with {self.paths[id(follower)]}" if follower else ""
-        if graph.folds(layer):
+        why = f"computed in one kernel with {self.paths[id(follower.layer)]}" if follower else ""
+        if graph.folds(call):
             why = ", ".join(filter(None, ["folded into the kernel before it", why]))
             return Step(_affine.QuantizedFolded, output=output, why=why)
         if rule.kind in ("kernel", "weights") and hasattr(layer, "activation"):
@@ -251,9 +252,9 @@ def _wants_grid(tensor, rule):
 
 
 class _Graph:
-    """The calls of one model, and which of its layers the runtime computes in one kernel.
+    """The calls of one model, and which of them the runtime computes in one kernel.
 
-    Fusion is for layers that are called once and whose output goes to one place only.
+    Fusion is for calls whose output goes to one place only.
     """
 
     def __init__(self, model, plan):
@@ -261,23 +262,21 @@ class _Graph:
         self.plan = plan
         prefix = f"{plan.paths[id(model)]}/" if id(model) in plan.paths else ""
         self.outputs = {id(t) for t in model.outputs}
-        self.by_layer: dict[int, list[graphs.Call]] = {}
         self.readers: dict[int, list[graphs.Call]] = {}
         self.writer = {id(t): call for call in self.calls for t in call.outputs}
         for call in self.calls:
             # An operator has none in the model, nor has an input.
             plan.paths.setdefault(id(call.layer), f"{prefix}{call.layer.name}")
-            self.by_layer.setdefault(id(call.layer), []).append(call)
             for tensor in call.inputs:
                 self.readers.setdefault(id(tensor), []).append(call)
 
-    def fused_into(self, layer):
-        """Returns the layer whose kernel rounds the output of `layer`, or `None`: it does itself."""
-        call = self._only_call(layer)
-        reader = call and self._only_reader(call)
-        if reader is None or len(self.by_layer[id(reader.layer)]) > 1:
+    def fused_into(self, call):
+        """Returns the call whose kernel rounds the output of `call`, or `None`: it does itself."""
+        reader = self._only_reader(call)
+        if reader is None:
             return None
-        after, rule, kind = reader.layer, rule_of(layer), self._kind(reader.layer)
+        layer, after = call.layer, reader.layer
+        rule, kind = rule_of(layer), self._kind(after)
         if kind is None or self.plan.scheme_of(after) != self.plan.scheme_of(layer):
             return None
         activation = _activations.name_of(layer)
@@ -285,16 +284,16 @@ class _Graph:
         if kind == "concatenation":
             # All inputs of a concatenation share the grid of its output.
             fits = rule.kind != "grid" and activation not in _activations.FIXED
-            return after if fits else None
+            return reader if fits else None
         if not linear or not rule.fuses or self._reshapes_at_its_end(call):
             return None
         if kind == "activation":
-            return after if _activations.name_of(after) in _activations.FUSED else None
+            return reader if _activations.name_of(after) in _activations.FUSED else None
         if kind == "affine":
-            return after if rule.kind == "kernel" and _preserve.can_fold(layer, after) else None
+            return reader if rule.kind == "kernel" and _preserve.can_fold(layer, after) else None
         if kind == "scaled sum":  # which multiplies its second input first, as an affine layer does
             second = self._same(reader.inputs[1], call.outputs[0])
-            return after if rule.kind == "kernel" and second else None
+            return reader if rule.kind == "kernel" and second else None
         return None
 
     def _kind(self, layer):
@@ -325,20 +324,15 @@ class _Graph:
             tensor = call.inputs[0]
         return True
 
-    def folds(self, layer) -> bool:
-        """Whether `layer` is affine and the kernel before it takes it in."""
-        if self._kind(layer) != "affine":
+    def folds(self, call) -> bool:
+        """Whether the layer of `call` is affine and the kernel before it takes it in."""
+        if self._kind(call.layer) != "affine":
             return False
-        call = self._only_call(layer)
-        writer = call and self.writer[id(call.inputs[0])]
+        writer = self.writer[id(call.inputs[0])]
         while writer and _is_identity(writer.layer) and writer.inputs:
             writer = self.writer[id(writer.inputs[0])]
         rule = writer and rule_of(writer.layer)
-        return bool(rule) and rule.kind == "kernel" and self.fused_into(writer.layer) is layer
-
-    def _only_call(self, layer):
-        found = self.by_layer[id(layer)]
-        return found[0] if len(found) == 1 else None
+        return bool(rule) and rule.kind == "kernel" and self.fused_into(writer) is call
 
     def _only_reader(self, call):
         """Returns the one call that reads the output of `call`, past layers that do nothing.
@@ -367,8 +361,7 @@ class _Graph:
     def _same_in_file(self, layer):
         """Returns what makes activations of one tensor equal; `None` for any other layer."""
         name = _activations.name_of(layer) if self._kind(layer) == "activation" else None
-        once = len(self.by_layer[id(layer)]) == 1
-        return (name, self.plan.scheme_of(layer)) if name in _activations.FUSED and once else None
+        return (name, self.plan.scheme_of(layer)) if name in _activations.FUSED else None
 
 
 def _is_identity(layer):

@@ -208,8 +208,8 @@ def graph_of(layer):
     return layer.call
 
 
-def _both_ways(layer, x, **_):
-    ahead, back = layer.forward_layer(x), layer.backward_layer(x)
+def _both_ways(layer, x, mask=None, **_):
+    ahead, back = layer.forward_layer(x, mask=mask), layer.backward_layer(x, mask=mask)
     if layer.return_sequences:
         back = keras.ops.take(back, list(reversed(range(x.shape[1]))), axis=1)
     if layer.merge_mode == "concat":

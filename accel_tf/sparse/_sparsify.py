@@ -31,6 +31,7 @@ def sparsify(
     format: str = "auto",
     batch_size: int = _choice.BATCH,
     fuse: bool = True,
+    verify: bool = True,
 ) -> keras.Model:
     """Returns a copy of a pruned model whose sparse layers run on the compiled op.
 
@@ -55,12 +56,15 @@ def sparsify(
         batch_size: The number of samples per call to choose for.
         fuse: Whether to begin with `accel_tf.fuse`, by which normalizations and activations behind
             kernels become part of them. False keeps a `BatchNormalization` that is to be trained on.
+        verify: Whether to compare the new model with `model` on a few samples made from its input
+            specification.
 
     Returns:
         A new model of the same class and name.
 
     Raises:
-        ValueError: An argument is out of range, `model` is not built, or it is subclassed.
+        ValueError: An argument is out of range, `model` is not built, or it is subclassed; or the new
+            model does not compute what `model` does, which is an error in accel_tf or in a custom layer.
 
     Example:
 
@@ -83,12 +87,17 @@ def sparsify(
     if batch_size < 1:
         raise ValueError(f"batch_size must be positive. Received: {batch_size!r}")
     layers.require_model(model, "sparsify")
+    given = model
     if isinstance(model, keras.Sequential | layers.Functional):
         model = layers.expand(model, _graph_of)
     if fuse:
-        model = fusion.fuse(model)
+        model = fusion.fuse(model, verify=False)
     sparsifier = _Sparsifier(min_sparsity, format, batch_size)
-    new_model = layers.rebuild(model, sparsifier.replace)
+    new_model = layers.rebuild(
+        model,
+        sparsifier.replace,
+        on_failure=lambda path: sparsifier.skipped.append(Entry(path, layers.NOT_COPIED)),
+    )
     for path, layer in layers.walk(model):
         if path not in sparsifier.seen and layer.weights and _obstacle(layer) is None:
             parent = path.rpartition("/")[0]
@@ -99,7 +108,8 @@ def sparsify(
         tuple(Entry(path, note + fused.get(path, "")) for path, note in entries)
         for entries in (sparsifier.done, sparsifier.skipped)
     )
-    attach(new_model, Report("sparsify", done, skipped))
+    note = layers.require_same("sparsify", given, new_model) if verify else ""
+    attach(new_model, Report("sparsify", done, skipped, note))
     return new_model
 
 

@@ -1,0 +1,40 @@
+"""The private names of Keras that the library uses, each behind a function with a name of ours.
+
+A name is looked up when its function is called, so that a release of Keras that renames one breaks
+what needs it, with a message that says so, and never `import accel_tf`.
+"""
+
+import importlib
+
+import keras
+
+
+def shared_object(key: str):
+    """Returns the object that `record_shared_object` noted while a model is loaded, or `None`.
+
+    Args:
+        key: The identity of the object in the file that is being loaded.
+    """
+    return _private("keras.src.saving.serialization_lib", "get_shared_object")(key)
+
+
+def record_shared_object(key: str, value) -> None:
+    """Notes an object for `shared_object` until the model is loaded; outside of that, does nothing."""
+    _private("keras.src.saving.serialization_lib", "record_object_after_deserialization")(
+        value, key
+    )
+
+
+def lambda_output_shape(layer: keras.layers.Lambda):
+    """Returns the argument `output_shape` that a Lambda layer was made with."""
+    return getattr(layer, "_output_shape", None)
+
+
+def _private(module: str, name: str):
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ImportError(
+            f"accel_tf needs {module}.{name}, which Keras has from version 3.12 on, below 4; found "
+            f"Keras {keras.__version__}. Install another version of Keras, or a newer accel_tf."
+        ) from error
