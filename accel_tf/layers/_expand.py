@@ -136,7 +136,7 @@ def _model(layer, function, training=None) -> keras.Model | None:
         return keras.layers.Identity(dtype=y.dtype)(y) if id(y) in given else y
 
     try:
-        return keras.Model(inputs, keras.tree.map_structure(through, outputs), name=layer.name)
+        return LayerGraph(inputs, keras.tree.map_structure(through, outputs), name=layer.name)
     except ValueError:  # an output that does not depend on any input
         return None
 
@@ -189,6 +189,21 @@ def _variables_given(operation) -> list[keras.Variable]:
     arguments = operation._inbound_nodes[0].arguments
     leaves = keras.tree.flatten((arguments.args, arguments.kwargs))
     return [x for x in leaves if isinstance(x, keras.Variable)]
+
+
+@keras.saving.register_keras_serializable(package="accel_tf")
+class LayerGraph(Functional):
+    """The graph that stands for a custom layer, and takes masks as that does.
+
+    Keras warns that a nested model loses a mask. This one has it as an input, or hands it to its layers.
+    """
+
+    def __init__(self, inputs, outputs, name=None, **kwargs):
+        super().__init__(inputs, outputs, name=name, **kwargs)
+        self.supports_masking = True
+
+    def compute_mask(self, inputs, previous_mask=None):
+        return None
 
 
 class _Reads(keras.StatelessScope):

@@ -107,6 +107,8 @@ class QuantizedLayer(keras.layers.Wrapper):
         """Why a part of the layer is computed in float between quantized tensors; or `""`."""
         if not self.scheme.activation_bits:
             return ""
+        if isinstance(self.layer, _L.GlobalAveragePooling1D):
+            return "LiteRT has no int8 kernel for a mean over a mask"
         return self.island(self.layer) or _activations.float_island(self.activation)
 
     @property

@@ -70,7 +70,7 @@ def test_calls_can_be_executed_in_order():
 
 
 def test_calls_rejects_a_subclassed_model():
-    with pytest.raises(ValueError, match=r"'subclassed' \(Subclassed\) is subclassed"):
+    with pytest.raises(ValueError, match=r"'subclassed' \(Subclassed\) cannot be copied"):
         layers.calls(Subclassed())
 
 
@@ -125,7 +125,7 @@ def test_rebuild_keeps_what_is_frozen():
 def test_rebuild_names_a_nested_subclassed_model():
     x = keras.Input((4,))
     model = keras.Model(x, Subclassed()(x))
-    with pytest.raises(ValueError, match=r"'subclassed' \(Subclassed\) is subclassed"):
+    with pytest.raises(ValueError, match=r"'subclassed' \(Subclassed\) cannot be copied"):
         layers.rebuild(model, lambda path, layer: None)
 
 
