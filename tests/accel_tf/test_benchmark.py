@@ -15,11 +15,15 @@ from keras import layers
 
 import accel_tf
 from accel_tf import benchmark
-from accel_tf.benchmark import _candidates
+from accel_tf.benchmark import _candidates, _runners
 
 
 def sequential(shape, *stack):
     return keras.Sequential([keras.Input(shape), *stack])
+
+
+def predict(path, x, batch_size):
+    return _candidates.open_candidate("file", path).predict(x, batch_size)
 
 
 @pytest.fixture(scope="module")
@@ -265,7 +269,7 @@ def test_models_run_in_inference_mode_as_they_were_compiled(jit):
     modes.clear()
     benchmark.measure_latency({"m": model}, np.zeros((2, 3)), rounds=3, warmup=1, verbose=0)
     assert modes == [(False, True)]  # traced once, never called eagerly
-    assert benchmark._candidates.compiled(model, np.zeros((2, 3)))._jit_compile is jit
+    assert _runners.compiled(model, np.zeros((2, 3)))._jit_compile is jit
 
 
 def test_a_progress_bar_appears_only_when_it_takes_long(capsys, monkeypatch):
@@ -308,7 +312,7 @@ def test_an_int8_file_is_compared_by_its_own_scales(trained_cnn, digits, litert)
     assert table["int8"].score > 0.95
     assert table["int8"].size.plain == path.stat().st_size < table["float"].size.plain
     assert table["int8"].parameters is None and table["int8"].flops is None
-    outputs = _candidates.predict(path, x, batch_size=32)
+    outputs = predict(path, x, batch_size=32)
     expected = model(x).numpy()
     # Single outputs may clip, for the calibration saw 50 images; wrong scales would move them all.
     assert np.abs(outputs - expected).mean() < 0.03 * np.abs(expected).max()
@@ -327,7 +331,7 @@ def test_files_of_several_inputs_and_outputs(two_inputs, litert):
     x = [rng.normal(size=(6, 3)).astype("float32"), rng.normal(size=(6, 4)).astype("float32")]
     path = litert(two_inputs)
     for inputs in (x, {"zebra": x[0], "apple": x[1]}):
-        outputs = _candidates.predict(path, inputs, batch_size=4)
+        outputs = predict(path, inputs, batch_size=4)
         for got, expected in zip(outputs, two_inputs(x), strict=True):
             np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
     error = lambda y, out: np.mean((out[0] - y) ** 2)  # noqa: E731
@@ -340,9 +344,9 @@ def test_files_of_several_inputs_and_outputs(two_inputs, litert):
 def test_inputs_that_do_not_fit_a_file_are_described(two_inputs, litert):
     path = litert(two_inputs)
     with pytest.raises(ValueError, match=r"apple \(-1, 4\), zebra \(-1, 3\).*dictionary by name"):
-        _candidates.predict(path, [np.zeros((2, 3)), np.zeros((2, 3))], 2)
+        predict(path, [np.zeros((2, 3)), np.zeros((2, 3))], 2)
     with pytest.raises(ValueError, match="has the inputs apple, zebra; received pear, zebra"):
-        _candidates.predict(path, {"zebra": np.zeros((2, 3)), "pear": np.zeros((2, 4))}, 2)
+        predict(path, {"zebra": np.zeros((2, 3)), "pear": np.zeros((2, 4))}, 2)
 
 
 def test_a_file_of_fixed_batch_runs_once_per_chunk(litert):
@@ -351,9 +355,9 @@ def test_a_file_of_fixed_batch_runs_once_per_chunk(litert):
     path = litert(model)
     data = np.random.default_rng(0).normal(size=(6, 3)).astype("float32")
     expected = np.concatenate([model(data[i : i + 2]) for i in range(0, 6, 2)])
-    np.testing.assert_allclose(_candidates.predict(path, data, 6), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(predict(path, data, 6), expected, rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match="takes 2 inputs per run; 3 is no multiple"):
-        _candidates.predict(path, data[:3], 6)
+        predict(path, data[:3], 6)
 
 
 # compare ----------------------------------------------------------------------------------------
