@@ -68,13 +68,13 @@ def _open_path(name, path):
         ".onnx": _runners.ONNXRunner,
         ".keras": lambda path: _runners.KerasRunner(_load(name, path)),
     }
-    if path.suffix not in kinds:
+    if path.suffix not in kinds and (path.suffix or path.exists()):
         raise ValueError(
             f"Candidate {name!r} is the path {str(path)!r}; only {_PATHS} are run from a path. "
             "Load others first: keras.models.load_model(path)."
         )
     if not path.is_file():
-        raise ValueError(f"Candidate {name!r}: there is no file {str(path)!r}.")
+        raise ValueError(f"Candidate {name!r}: there is no file {str(path)!r}, and no such folder.")
     return kinds[path.suffix](path)
 
 
@@ -82,10 +82,12 @@ def _load(name, path) -> keras.Model:
     try:
         return keras.models.load_model(path, compile=False)
     except Exception as error:  # Keras raises whatever the construction of a layer raises.
+        # Keras may print the whole configuration, before its reason and once more after it.
+        reason = str(error).rpartition("Exception encountered: ")[2][:300]
         raise ValueError(
             f"Candidate {name!r}: Keras cannot load {str(path)!r}. If it has layers of your own, "
             "import the module that registers them; or load it and pass the model itself: "
-            f"keras.models.load_model({str(path)!r}, custom_objects=…). Keras says: {error}"
+            f"keras.models.load_model({str(path)!r}, custom_objects=…). Keras says: {reason}"
         ) from error
 
 

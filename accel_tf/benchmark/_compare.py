@@ -103,7 +103,9 @@ def compare(
             column is then *RMSE*) if `y` holds real values of the shape of the outputs.
             `"accuracy"` takes the arg-max of the last axis, or the side of 0.5 for a single output or
             if several labels apply to a sample. Other metrics are the name of a Keras metric, a
-            `keras.Metric`, or a function `(y, outputs) -> float` of NumPy arrays.
+            `keras.Metric`, or a function `(y, outputs) -> float` of NumPy arrays. It gets several
+            outputs as the model returns them, in a list or dictionary; those of a SavedModel are
+            a dictionary.
         latency_batch: The number of samples in the batch that is timed.
         rounds: The number of timed calls of each model; see `measure_latency`.
         verbose: 0 is silent, 1 shows a progress bar when it takes longer than two seconds.
@@ -144,12 +146,13 @@ def compare(
         )
 
     progress = Progress("model", len(runners), verbose)
-    costs, title = {}, None
+    costs, title, by_name = {}, None, False
     for i, (name, runner) in enumerate(runners.items()):
         costs[name] = _costs(runner, x)
         if y is not None:
-            outputs = runner.predict(x, 256)
+            outputs = runner.predict(x, 256, by_name)
             if title is None:  # The first model decides, so that the column is one metric.
+                by_name = isinstance(outputs, dict)
                 metric = _score.metric_for(metric, np.asarray(y), name, outputs)
                 title = _score.title_of(metric)
             costs[name]["score"] = _score.score(metric, np.asarray(y), name, outputs)
@@ -199,7 +202,7 @@ def _table(results, metric: str | None, batch: int) -> Comparison:
     ]
     if any(m.flops is None for m in results.values()):
         notes.append(
-            "FLOPs –: not counted (.tflite or other file, or a loop that depends on the data)."
+            "–: not counted (a file of another runtime, or a loop that depends on the data)."
         )
     if metric is None:
         del columns[metric]
@@ -209,8 +212,7 @@ def _table(results, metric: str | None, batch: int) -> Comparison:
         columns["runtime"] = [m.runtime for m in results.values()]
         columns["same runtime"] = _speedups(results, over=_first_of_runtime(results))
         notes.append(
-            "Same runtime: speed-up over the first model of the same runtime; – if there is no other "
-            "(for an int8 file, put the float file of the model before it)."
+            "Same runtime: speed-up over the first model of the same runtime, – if it has no other."
         )
     rows = list(zip(*columns.values(), strict=True))
     return Comparison(list(columns), rows, note=" ".join(notes), results=results)

@@ -3,7 +3,8 @@
     source             what is run: the Keras model, the path of the file, or the function
     runtime            the name of the runtime
     prepare(x)         a function without arguments that runs `x` and waits for the result, to be timed
-    predict(x, n)      the outputs for all of `x`, computed in batches of `n`
+    predict(x, n)      the outputs for all of `x`, computed in batches of `n`; with `by_name=True`, several
+                       outputs are a dictionary also where the file has both an order and names
 
 All that can be done beforehand is done by `prepare`: a model is traced for exactly this signature,
 and its input already lies on the device.
@@ -65,7 +66,7 @@ class KerasRunner:
         forward = compiled(self.source, x).get_concrete_function(*leaves)
         return lambda: wait(forward(*leaves))
 
-    def predict(self, x, batch_size: int):
+    def predict(self, x, batch_size: int, by_name: bool = False):
         forward = compiled(self.source, x)
 
         def run(part):
@@ -87,7 +88,7 @@ class LiteRTFileRunner:
     def prepare(self, x) -> Callable[[], Any]:
         return self._runner.prepare(_samples.as_arrays(x))
 
-    def predict(self, x, batch_size: int):
+    def predict(self, x, batch_size: int, by_name: bool = False):
         return _samples.in_batches(self._runner, x, batch_size)
 
 
@@ -104,23 +105,29 @@ class _NamedInputsRunner:
 
     Attributes:
         inputs: The inputs of the file.
-        ordered: Whether the order of the inputs is that of the model, so that a list fits them.
+        outputs: The names of its outputs.
+        ordered: Whether inputs and outputs are in the order of the model's, so that lists fit them.
     """
 
     inputs: list[Input]
+    outputs: list[str]
     ordered: bool
 
     def prepare(self, x) -> Callable[[], Any]:
         feeds = self._feeds(_samples.as_arrays(x))
         return lambda: [self._run(feed) for feed in feeds]
 
-    def predict(self, x, batch_size: int):
-        return _samples.in_batches(self._outputs, x, batch_size)
+    def predict(self, x, batch_size: int, by_name: bool = False):
+        def run(part):
+            parts = [wait(self._run(feed)) for feed in self._feeds(part)]
+            outputs = [np.concatenate(part) for part in zip(*parts, strict=True)]
+            if len(outputs) == 1:
+                return outputs[0]
+            if self.ordered and not by_name:
+                return outputs
+            return dict(zip(self.outputs, outputs, strict=True))
 
-    def _outputs(self, x):
-        parts = [wait(self._run(feed)) for feed in self._feeds(x)]
-        outputs = [np.concatenate(part) for part in zip(*parts, strict=True)]
-        return outputs[0] if len(outputs) == 1 else outputs
+        return _samples.in_batches(run, x, batch_size)
 
     def _run(self, feed: dict[str, Any]) -> list:
         raise NotImplementedError
@@ -194,6 +201,7 @@ class ONNXRunner(_NamedInputsRunner):
             Input(entry.name, _known(entry.shape), _numpy_type(entry.type))
             for entry in self._session.get_inputs()
         ]
+        self.outputs = [entry.name for entry in self._session.get_outputs()]
 
     def _run(self, feed):
         return self._session.run(None, feed)
@@ -203,7 +211,7 @@ class SavedModelRunner(_NamedInputsRunner):
     """The signature `serving_default` of a SavedModel folder, in TensorFlow."""
 
     runtime = "TensorFlow"
-    ordered = False  # A signature sorts its inputs by name.
+    ordered = False  # A signature has its inputs and outputs by name, in no order of the model's.
 
     def __init__(self, path: pathlib.Path):
         try:
@@ -221,13 +229,14 @@ class SavedModelRunner(_NamedInputsRunner):
             Input(name, _known(spec.shape), np.dtype(spec.dtype.as_numpy_dtype))
             for name, spec in self._function.structured_input_signature[1].items()
         ]
+        self.outputs = sorted(self._function.structured_outputs)
 
     def _on_device(self, array):
         return tf.constant(array)
 
     def _run(self, feed):
         outputs = self._function(**feed)
-        return wait([outputs[name] for name in sorted(outputs)])
+        return wait([outputs[name] for name in self.outputs])
 
 
 def _uses_xla(model) -> bool:

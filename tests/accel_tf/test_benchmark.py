@@ -1,6 +1,5 @@
 """accel_tf.benchmark: counts against numbers worked out by hand, times against known sleeps."""
 
-import dataclasses
 import gc
 import gzip
 import random
@@ -358,103 +357,6 @@ def test_a_file_of_fixed_batch_runs_once_per_chunk(litert):
     np.testing.assert_allclose(predict(path, data, 6), expected, rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match="takes 2 inputs per run; 3 is no multiple"):
         predict(path, data[:3], 6)
-
-
-# compare ----------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def identity():
-    """A model whose outputs are its inputs, so that every score is known."""
-    model = sequential((4,), layers.Dense(4, use_bias=False))
-    model.set_weights([np.eye(4)])
-    return model
-
-
-@pytest.mark.parametrize("labels", ["sparse", "column", "one-hot"])
-def test_accuracy_of_every_kind_of_label(identity, labels):
-    y = np.array([0, 1, 2, 0])  # the last is wrong
-    y = {"sparse": y, "column": y[:, None], "one-hot": np.eye(4)[y]}[labels]
-    table = benchmark.compare({"m": identity}, np.eye(4), y, rounds=1, verbose=0)
-    assert table["m"].score == 0.75
-
-
-def test_accuracy_of_sequences_and_of_one_output():
-    steps = sequential((3, 4), layers.Identity())
-    y = np.array([[0, 1, 2], [1, 1, 1]])
-    x = np.eye(4)[y]
-    x[0, 0] = [0, 9, 0, 0]
-    table = benchmark.compare({"m": steps}, x, y, rounds=1, verbose=0)
-    assert table["m"].score == pytest.approx(5 / 6)
-    binary = sequential((1,), layers.Identity())
-    x = np.array([[0.2], [0.7], [0.9], [0.4]])
-    for y in ([0, 1, 0, 0], [[0], [1], [0], [0]]):
-        assert benchmark.compare({"m": binary}, x, y, rounds=1, verbose=0)["m"].score == 0.75
-
-
-@pytest.mark.parametrize(
-    ("metric", "column"),
-    [
-        ("mean_absolute_error", "mean_absolute_error"),
-        (keras.metrics.MeanSquaredError(name="mse"), "mse"),
-        (lambda y, p: np.abs(y - p).max(), "<lambda>"),
-    ],
-)
-def test_other_metrics(identity, metric, column):
-    table = benchmark.compare(
-        {"m": identity}, np.eye(4), np.zeros((4, 4)), metric=metric, rounds=1, verbose=0
-    )
-    assert column in table.columns
-    assert table["m"].score == pytest.approx(1.0 if column == "<lambda>" else 0.25)
-
-
-def test_the_table_reads_as_text_and_html_and_keeps_exact_numbers(identity):
-    other = sequential((4,), layers.Dense(300), layers.Dense(4))
-    table = benchmark.compare(
-        {"small": identity, "large": other}, np.eye(4), np.arange(4), latency_batch=2, verbose=0
-    )
-    text = str(table)
-    assert "small" in text and "1.00×" in text and "batch of 2" in text
-    assert "<table" in table._repr_html_()
-    small, large = table["small"], table["large"]
-    assert (small.parameters, small.nonzero, small.flops, small.score) == (16, 4, 32, 1.0)
-    assert large.parameters == 4 * 300 + 300 + 300 * 4 + 4
-    assert large.latency.median > 0 and len(large.latency.samples) == 100
-    assert table.speedup("large") == pytest.approx(small.latency.median / large.latency.median)
-    assert dataclasses.is_dataclass(small)
-    with pytest.raises(KeyError, match="No model 'x'; there are small, large"):
-        table["x"]
-
-
-def test_compare_without_labels_leaves_the_metric_out(identity):
-    table = benchmark.compare({"m": identity}, np.eye(4), rounds=1, verbose=0)
-    assert "accuracy" not in table.columns and table["m"].score is None
-
-
-def test_compare_takes_real_and_mixed_precision_models():
-    real = keras.applications.MobileNetV2(weights=None, input_shape=(32, 32, 3), classes=4)
-    keras.config.set_dtype_policy("mixed_float16")
-    mixed = sequential((32, 32, 3), layers.GlobalAveragePooling2D(), layers.Dense(4))
-    x = np.zeros((3, 32, 32, 3), "float32")
-    table = benchmark.compare({"r": real, "m": mixed}, x, [0, 1, 2], rounds=2, verbose=0)
-    assert table["r"].parameters == real.count_params()
-    assert table["m"].parameters == 16 and table["m"].score == pytest.approx(1 / 3)
-
-
-@pytest.mark.parametrize(
-    ("models", "x", "y", "options", "message"),
-    [
-        ({}, np.eye(4), None, {}, "at least one model"),
-        ({"f": len}, np.eye(4), None, {}, "compare expects a keras.Model"),
-        (None, np.eye(4), [0, 1], {}, "x has 4 samples and y 2"),
-        (None, np.zeros((0, 4)), None, {}, "at least one sample"),
-        (None, np.eye(4), None, {"latency_batch": 5}, "between 1 and the 4 samples"),
-        (None, np.eye(4), np.zeros((4, 3)), {}, r"shape \(4, 3\) do not fit .* \(4, 4\)"),
-    ],
-)
-def test_compare_rejects(identity, models, x, y, options, message):
-    with pytest.raises(ValueError, match=message):
-        benchmark.compare({"m": identity} if models is None else models, x, y, verbose=0, **options)
 
 
 # The host ---------------------------------------------------------------------------------------
