@@ -77,18 +77,20 @@ def compare(
 
     A file differs from its Keras model in two ways: another runtime runs it, and its numbers may
     have another precision. If the models run in several runtimes, two more columns separate the two
-    gains. *runtime* names the runtime, and *same runtime* is the speed-up over the first model of the
-    same runtime. With a float file before the int8 file, *speed-up* of the float file is what the
-    runtime gains, and *same runtime* of the int8 file is what the precision gains.
+    gains: *runtime* names the runtime, and *same runtime* is the speed-up over the first model of the
+    same runtime. List the float file before the int8 file. Then the *speed-up* of the float file is
+    the gain of the runtime, and the *same runtime* of the int8 file is the gain of the precision.
 
     Args:
-        models: Names and models, of which the first is the baseline of the speed-up; or a list of
-            models, or one model, which get the names of the models and files. A model is a built
-            Keras model or one of these paths:
+        models: A dictionary of names and models, or a list of models, or one model. Models without
+            names get those of the Keras model or the file, made unique: `net`, `net (2)`. The first
+            model is the baseline of the speed-up. A model is a built Keras model or one of these
+            paths:
 
             - `.tflite`, run by LiteRT; integer inputs are quantized and outputs dequantized by the
               file's own quantization parameters;
-            - `.onnx`, run by onnxruntime on the CPU with its default options;
+            - `.onnx`, run by onnxruntime on the CPU with its default options, but that its threads
+              stop spinning after a run, since they would slow down the next model;
             - the folder of a SavedModel, whose signature `serving_default` is run;
             - `.keras`, loaded by `keras.models.load_model(path, compile=False)`, so the size is again
               that without the optimizer. If it has layers of your own, import the module that
@@ -96,8 +98,9 @@ def compare(
 
             LiteRT and onnxruntime get as many threads as TensorFlow.
         x: The samples: an array, or a list or dictionary of arrays for models of several inputs.
-        y: The targets: labels or real values. Labels are integers of shape `(n,)` or `(n, 1)`, or
-            zeros and ones of the shape of the outputs, such as one-hot rows. `None` leaves the metric
+        y: The targets: labels or real values. Labels are the numbers of classes, of shape `(n,)` or
+            `(n, 1)`, or zeros and ones of the shape of the outputs, such as one-hot rows or the two
+            classes of a single output. All other numbers are real values. `None` leaves the metric
             out.
         metric: `None` chooses `"accuracy"` if `y` holds labels, and the root-mean-square error (the
             column is then *RMSE*) if `y` holds real values of the shape of the outputs.

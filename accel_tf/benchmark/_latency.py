@@ -60,10 +60,10 @@ def measure_latency(
     long tail that a mean and a standard deviation do not describe.
 
     Args:
-        candidates: Names and what to run: a built Keras model (traced into a `tf.function` for the
-            signature of `x`; with XLA if it was compiled with `jit_compile=True`), a path as in
-            `compare`, or a callable, which gets `x` as it is. A list of these, or one of them, gets
-            the names of the models and files.
+        candidates: A dictionary of names and what to run: a built Keras model (traced into a
+            `tf.function` for the signature of `x`; with XLA if it was compiled with
+            `jit_compile=True`), a path as in `compare`, or a callable, which gets `x` as it is. A
+            list of these, or one of them, is named as in `compare`.
         x: One batch: an array, or a list or dictionary of arrays for models of several inputs.
         rounds: The number of timed calls of each candidate.
         warmup: Untimed calls of each candidate before the first round: tracing, memory allocation

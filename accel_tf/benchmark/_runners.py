@@ -190,6 +190,8 @@ class ONNXRunner(_NamedInputsRunner):
         options = library.SessionOptions()
         options.intra_op_num_threads = _threads()
         options.log_severity_level = 3  # errors
+        # Its threads go on spinning after a run, which would slow down the candidate of the next turn.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         try:
             self._session = library.InferenceSession(
                 str(path), options, providers=["CPUExecutionProvider"]

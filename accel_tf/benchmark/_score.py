@@ -22,7 +22,7 @@ def metric_for(metric, y, name: str, outputs) -> "str | Callable | keras.Metric"
         ValueError: There are several outputs and no metric, or `metric` is none.
     """
     if metric is None:
-        _require_one(name, outputs)
+        outputs = _single(name, outputs)
         real = isinstance(_labels(y, outputs), str) and _has_shape_of(y, outputs)
         return rmse if real else "accuracy"
     if isinstance(metric, str) and metric != "accuracy":
@@ -46,9 +46,9 @@ def title_of(metric) -> str:
 def score(metric, y, name: str, outputs) -> float:
     """Returns the value of a metric, as `metric_for` returns it, for the outputs of one model."""
     if isinstance(metric, str):
-        return _accuracy(y, name, outputs)
+        return _accuracy(y, name, _single(name, outputs))
     if metric is rmse:
-        _require_one(name, outputs)
+        outputs = _single(name, outputs)
         if not _has_shape_of(y, outputs):
             raise ValueError(
                 f"Targets of shape {y.shape} do not fit the outputs of model {name!r}, of shape "
@@ -68,7 +68,6 @@ def rmse(y, outputs) -> float:
 
 
 def _accuracy(y, name, outputs) -> float:
-    _require_one(name, outputs)
     found = _labels(y, outputs)
     if not isinstance(found, str):
         predicted, actual = found
@@ -122,9 +121,12 @@ def _has_shape_of(y, outputs) -> bool:
     return equal and y.dtype.kind in "biuf"
 
 
-def _require_one(name, outputs) -> None:
-    if not isinstance(outputs, np.ndarray):
+def _single(name, outputs) -> np.ndarray:
+    """Returns the only output of a model, which may return it in a list or dictionary."""
+    leaves = keras.tree.flatten(outputs)
+    if len(leaves) != 1:
         raise ValueError(
-            f"Model {name!r} has several outputs, for which no metric is chosen. Pass "
+            f"Model {name!r} has {len(leaves)} outputs, for which compare chooses no metric. Pass "
             "metric=a function (y, outputs) -> float."
         )
+    return leaves[0]

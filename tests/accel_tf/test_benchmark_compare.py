@@ -142,7 +142,6 @@ def test_labels_of_any_type_are_scored_by_accuracy(identity):
         assert table.columns[1] == "accuracy" and table["m"].score == 0.75
     several = np.array([[1, 1, 0, 0], [0, 1, 0, 0], [0, 0, 1, 1], [0, 0, 0, 1]])
     assert benchmark.compare({"m": identity}, x, several, **ONCE)["m"].score == 14 / 16
-    keras.utils.set_random_seed(0)
     arg_max = keras.Model(identity.inputs, keras.ops.argmax(identity.outputs[0], -1))
     assert benchmark.compare({"m": arg_max}, x, [0, 1, 2, 0], **ONCE)["m"].score == 0.75
 
@@ -160,6 +159,15 @@ def test_labels_of_any_type_are_scored_by_accuracy(identity):
 def test_targets_that_no_metric_fits_are_described(identity, y, options, message):
     with pytest.raises(ValueError, match=message):
         benchmark.compare({"m": identity}, np.eye(4), y, **options, **ONCE)
+
+
+def test_one_output_in_a_dictionary_is_scored_and_several_need_a_metric():
+    x = keras.Input((4,))
+    a, b = layers.Identity()(x), layers.Dense(2)(x)
+    one, two = keras.Model(x, {"a": a}), keras.Model(x, {"a": a, "b": b})
+    assert benchmark.compare({"m": one}, np.eye(4), [0, 1, 2, 0], **ONCE)["m"].score == 0.75
+    with pytest.raises(ValueError, match="'m' has 2 outputs, .* metric=a function"):
+        benchmark.compare({"m": two}, np.eye(4), [0, 1, 2, 0], **ONCE)
 
 
 def test_the_first_model_decides_which_metric_all_are_scored_by():

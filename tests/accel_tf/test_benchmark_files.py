@@ -1,13 +1,16 @@
 """accel_tf.benchmark on files: each runtime computes what the Keras model computes."""
 
+import os
 import sys
 
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 import accel_tf as at
 from accel_tf import benchmark
+from accel_tf.benchmark import _candidates
 
 L = keras.layers
 ONCE = {"rounds": 1, "verbose": 0}
@@ -117,6 +120,14 @@ def test_a_file_of_fixed_batch_runs_once_per_chunk(network, tmp_path):
     assert all(m.score < 1e-6 for m in table.results.values())
     with pytest.raises(ValueError, match="a.onnx takes 2 inputs per run; 1 is no multiple of it"):
         benchmark.compare(onnx, x, **ONCE)
+
+
+def test_onnxruntime_gets_the_threads_of_tensorflow_and_stops_them(network, tmp_path):
+    runner = _candidates.open_candidate("a", at.export.onnx(network, tmp_path / "a.onnx"))
+    options = runner._session.get_session_options()
+    assert options.get_session_config_entry("session.force_spinning_stop") == "1"
+    chosen = tf.config.threading.get_intra_op_parallelism_threads()
+    assert options.intra_op_num_threads == (chosen or len(os.sched_getaffinity(0)))
 
 
 @pytest.mark.parametrize(

@@ -174,9 +174,12 @@ def test_data_of_too_few_inputs_is_described(data, message):
 
 def test_data_in_lists_tuples_and_dictionaries_means_the_same_as_an_array():
     expected = (-1.0, 3.0)
-    for data in (X.tolist(), [X], (X,), {"x": X}, [(X[:9], Y[:9]), (X[9:], Y[9:])], X[..., None]):
+    for data in (X.tolist(), [X], {"x": X}, [(X[:9], Y[:9]), (X[9:], Y[9:])]):
         quantized = at.calibrate(line(), data, batch_size=8, verbose=0)
         assert quantized.layers[0].range == expected
+
+
+def test_several_inputs_come_in_tuples_dictionaries_and_lists_of_batches():
     a, b = np.ones((4, 3)), np.full((4, 3), -2.0)
     for data in ((a, b), {"a": a.tolist(), "b": b, "unused": a}, [[a, b], [a, b]]):
         quantized = at.calibrate(two_inputs(), data, verbose=0)
