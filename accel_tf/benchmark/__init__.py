@@ -2,7 +2,7 @@
 
 ::
 
-    compare             accuracy, size, FLOPs and latency of several models, as one table
+    compare             quality, size, FLOPs and latency of models and files, as one table
     measure_latency     median and spread of the latency, candidates interleaved
     flops               multiplications and additions of the contractions in the graph
     parameters          numbers in the weights, and how many of them are not zero

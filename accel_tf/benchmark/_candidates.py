@@ -1,119 +1,106 @@
-"""Runs what can be measured: a Keras model, a `.tflite` file, or any callable."""
+"""What can be measured: Keras models, files of several runtimes, and any callable, by name."""
 
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
 import keras
-import numpy as np
-import tensorflow as tf
 
-from accel_tf._litert import LiteRTRunner
+from accel_tf.benchmark import _runners
 
-
-def is_litert(candidate) -> bool:
-    return isinstance(candidate, (str, os.PathLike)) and str(candidate).endswith(".tflite")
+_PATHS = ".tflite and .onnx files, .keras files and SavedModel folders"
 
 
-def check(name: str, candidate) -> None:
-    """Raises a `ValueError` unless `candidate` is something that can be run."""
-    if isinstance(candidate, (str, os.PathLike)):
-        if not is_litert(candidate):
-            raise ValueError(
-                f"Candidate {name!r} is the path {str(candidate)!r}; only .tflite files are run "
-                "from a path. Load others first: keras.models.load_model(path)."
-            )
-        if not pathlib.Path(candidate).is_file():
-            raise ValueError(f"Candidate {name!r}: there is no file {str(candidate)!r}.")
-    elif not callable(candidate):
-        raise ValueError(
-            f"Candidate {name!r} must be a Keras model, a callable or the path of a .tflite file. "
-            f"Received: {type(candidate).__name__}"
-        )
+def is_path(candidate) -> bool:
+    return isinstance(candidate, (str, os.PathLike))
 
 
-def as_arrays(x):
-    """Makes every leaf of `x` an array, float64 becoming Keras' float type, as `fit` does."""
+def named(candidates, verb: str) -> dict[str, Any]:
+    """Returns the candidates by name: by the keys of a dictionary, or by their own names.
 
-    def convert(leaf):
-        array = np.asarray(leaf)
-        return array.astype(keras.config.floatx()) if array.dtype == np.float64 else array
+    Args:
+        candidates: A dictionary, a list or tuple of candidates, or one candidate.
+        verb: The public function that was called, for the message.
 
-    # Lists are structures of several inputs only if their elements are arrays.
-    if isinstance(x, (list, tuple)) and not (x and hasattr(x[0], "shape")):
-        return convert(x)
-    return tf.nest.map_structure(convert, x)
-
-
-def length(x) -> int:
-    """The number of samples in `x`, which every leaf must share."""
-    sizes = {leaf.shape[0] if leaf.ndim else 0 for leaf in tf.nest.flatten(x)}
-    if len(sizes) != 1 or 0 in sizes:
-        raise ValueError(
-            "x needs at least one sample, the same number in each input. Received shapes: "
-            f"{[leaf.shape for leaf in tf.nest.flatten(x)]}"
-        )
-    return sizes.pop()
-
-
-def rows(x, start: int, stop: int):
-    return tf.nest.map_structure(lambda leaf: leaf[start:stop], x)
-
-
-def runner(candidate, x) -> Callable[[], Any]:
-    """Returns a function without arguments that runs `candidate` on `x` and waits for the result.
-
-    All that can be done before is done here: a model is traced for exactly this signature, and its
-    input already lies on the device.
+    Raises:
+        ValueError: `candidates` is none of these.
     """
-    if is_litert(candidate):
-        return _open(candidate).prepare(x)
+    if isinstance(candidates, Mapping):
+        return dict(candidates)
+    if not isinstance(candidates, (list, tuple)):
+        if not (is_path(candidates) or callable(candidates)):
+            raise ValueError(
+                f"{verb} takes a dictionary of names and models, a list of models, or one model. "
+                f"Received: {type(candidates).__name__}. Write {verb}({{'name': model}}, x)."
+            )
+        candidates = [candidates]
+    found = {}
+    for candidate in candidates:
+        found[_unique(_own_name(candidate), found)] = candidate
+    return found
+
+
+def open_candidate(name: str, candidate):
+    """Returns what runs `candidate`, one of the classes of `_runners`.
+
+    Raises:
+        ValueError: `candidate` is nothing that can be run, or its file cannot be loaded.
+        ImportError: The runtime of the file is not installed.
+    """
+    if is_path(candidate):
+        return _open_path(name, pathlib.Path(candidate))
     if isinstance(candidate, keras.Model):
-        leaves = [tf.convert_to_tensor(leaf) for leaf in tf.nest.flatten(x)]
-        forward = compiled(candidate, x).get_concrete_function(*leaves)
-        return lambda: wait(forward(*leaves))
-    return lambda: wait(candidate(x))
-
-
-def compiled(model: keras.Model, example) -> tf.function:
-    """The inference pass of `model` as a `tf.function` of the flattened inputs."""
-
-    def forward(*leaves):
-        return model(tf.nest.pack_sequence_as(example, leaves), training=False)
-
-    # An XLA model is measured as XLA; "auto" in an uncompiled model means no.
-    jit = bool(getattr(model, "compiled", False) and model.jit_compile)
-    return tf.function(forward, jit_compile=jit, autograph=False)
-
-
-def wait(outputs):
-    """Brings every output to the host, so that none is still being computed."""
-    return [
-        leaf.numpy() if hasattr(leaf, "numpy") else leaf
-        for leaf in tf.nest.flatten(outputs, expand_composites=True)
-    ]
-
-
-def predict(candidate, x, batch_size: int):
-    """Returns the outputs of `candidate` for all of `x` as NumPy arrays, in its own structure."""
-    if is_litert(candidate):
-        run = _open(candidate)
-    else:
-        forward = compiled(candidate, x)
-
-        def run(part):
-            leaves = [tf.convert_to_tensor(leaf) for leaf in tf.nest.flatten(part)]
-            return forward.get_concrete_function(*leaves)(*leaves)
-
-    count = length(x)
-    parts = [run(rows(x, i, min(i + batch_size, count))) for i in range(0, count, batch_size)]
-    return tf.nest.map_structure(
-        lambda *leaves: np.concatenate(list(map(np.asarray, leaves))), *parts
+        return _runners.KerasRunner(candidate)
+    if callable(candidate):
+        return _runners.FunctionRunner(candidate)
+    raise ValueError(
+        f"Candidate {name!r} must be a Keras model, a callable or the path of a file; the paths "
+        f"that are run are those of {_PATHS}. Received: {type(candidate).__name__}"
     )
 
 
-def _open(path) -> LiteRTRunner:
-    """A `.tflite` file, run with as many threads as TensorFlow uses."""
-    threads = tf.config.threading.get_intra_op_parallelism_threads() or os.cpu_count()
-    return LiteRTRunner(path, threads=threads)
+def _open_path(name, path):
+    if path.is_dir():
+        return _runners.SavedModelRunner(path)
+    kinds = {
+        ".tflite": _runners.LiteRTFileRunner,
+        ".onnx": _runners.ONNXRunner,
+        ".keras": lambda path: _runners.KerasRunner(_load(name, path)),
+    }
+    if path.suffix not in kinds and (path.suffix or path.exists()):
+        raise ValueError(
+            f"Candidate {name!r} is the path {str(path)!r}; only {_PATHS} are run from a path. "
+            "Load others first: keras.models.load_model(path)."
+        )
+    if not path.is_file():
+        raise ValueError(f"Candidate {name!r}: there is no file {str(path)!r}, and no such folder.")
+    return kinds[path.suffix](path)
+
+
+def _load(name, path) -> keras.Model:
+    try:
+        return keras.models.load_model(path, compile=False)
+    except Exception as error:  # Keras raises whatever the construction of a layer raises.
+        # Keras may print the whole configuration, before its reason and once more after it.
+        reason = str(error).rpartition("Exception encountered: ")[2][:300]
+        raise ValueError(
+            f"Candidate {name!r}: Keras cannot load {str(path)!r}. If it has layers of your own, "
+            "import the module that registers them; or load it and pass the model itself: "
+            f"keras.models.load_model({str(path)!r}, custom_objects=…). Keras says: {reason}"
+        ) from error
+
+
+def _own_name(candidate) -> str:
+    if is_path(candidate):
+        return pathlib.Path(candidate).name
+    name = getattr(candidate, "name", None) or getattr(candidate, "__name__", None)
+    return name if isinstance(name, str) else type(candidate).__name__
+
+
+def _unique(name: str, taken) -> str:
+    number, unique = 1, name
+    while unique in taken:
+        number += 1
+        unique = f"{name} ({number})"
+    return unique

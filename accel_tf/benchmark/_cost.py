@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from accel_tf import layers
-from accel_tf.benchmark import _candidates
+from accel_tf.benchmark import _runners, _samples
 from accel_tf.sparse import SparseLayer
 
 
@@ -68,13 +68,14 @@ def file_size(model) -> FileSize:
 
     Args:
         model: A Keras model, which is saved as `.keras` into a temporary folder, without the state
-            of its optimizer (Adam's would triple it); or the path of any file.
+            of its optimizer (Adam's would triple it); or the path of any file, or of a folder, such
+            as a SavedModel, whose files are added up.
 
     Returns:
         A named tuple `(plain, gzipped)`, in bytes. Zeros cost nothing only in the gzipped size.
 
     Raises:
-        ValueError: `model` is not built, or there is no such file.
+        ValueError: `model` is not built, or there is no such file or folder.
 
     Reference:
         Deutsch (1996), GZIP file format specification, RFC 1952.
@@ -86,9 +87,11 @@ def file_size(model) -> FileSize:
     True
     """
     if isinstance(model, (str, os.PathLike)):
-        if not pathlib.Path(model).is_file():
+        path = pathlib.Path(model)
+        if not path.exists():
             raise ValueError(f"file_size: there is no file {str(model)!r}.")
-        data = pathlib.Path(model).read_bytes()
+        files = sorted(path.rglob("*")) if path.is_dir() else [path]
+        data = b"".join(file.read_bytes() for file in files if file.is_file())
     else:
         layers.require_model(model, "file_size")
         data = _saved_bytes(model)
@@ -132,9 +135,9 @@ def flops(model: keras.Model, x=None) -> int:
         example = _example_inputs(model)
     else:
         example = tf.nest.map_structure(
-            lambda leaf: tf.TensorSpec(leaf.shape, leaf.dtype), _candidates.as_arrays(x)
+            lambda leaf: tf.TensorSpec(leaf.shape, leaf.dtype), _samples.as_arrays(x)
         )
-    forward = _candidates.compiled(model, example)
+    forward = _runners.compiled(model, example)
     return _count(forward.get_concrete_function(*tf.nest.flatten(example)).graph, model.name)
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import gc
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -43,7 +43,7 @@ class Latency:
 
 
 def measure_latency(
-    candidates: Mapping[str, Any],
+    candidates: Mapping[str, Any] | Sequence | Any,
     x,
     *,
     rounds: int = 100,
@@ -60,10 +60,10 @@ def measure_latency(
     long tail that a mean and a standard deviation do not describe.
 
     Args:
-        candidates: Names and what to run: a built Keras model (traced into a `tf.function` for the
-            signature of `x`; with XLA if it was compiled with `jit_compile=True`), the path of a
-            `.tflite` file (run by LiteRT with as many threads as TensorFlow), or a callable, which
-            gets `x` as it is.
+        candidates: A dictionary of names and what to run: a built Keras model (traced into a
+            `tf.function` for the signature of `x`; with XLA if it was compiled with
+            `jit_compile=True`), a path as in `compare`, or a callable, which gets `x` as it is. A
+            list of these, or one of them, is named as in `compare`.
         x: One batch: an array, or a list or dictionary of arrays for models of several inputs.
         rounds: The number of timed calls of each candidate.
         warmup: Untimed calls of each candidate before the first round: tracing, memory allocation
@@ -77,6 +77,7 @@ def measure_latency(
 
     Raises:
         ValueError: There is no candidate, one cannot be run, or `rounds` is below 1.
+        ImportError: The runtime of a file is not installed.
 
     Reference:
         Hoefler and Belli (2015), Scientific benchmarking of parallel computing systems, SC15.
@@ -87,6 +88,7 @@ def measure_latency(
     >>> times["sort"].median > 0
     True
     """
+    candidates = _candidates.named(candidates, "measure_latency")
     if not candidates:
         raise ValueError("measure_latency needs at least one candidate, received none.")
     if rounds < 1 or warmup < 0:
@@ -94,12 +96,19 @@ def measure_latency(
             "rounds must be at least 1 and warmup at least 0. "
             f"Received: rounds={rounds}, warmup={warmup}"
         )
-    for name, candidate in candidates.items():
-        _candidates.check(name, candidate)
-    runners = {
-        name: _candidates.runner(c, _candidates.as_arrays(x) if _is_model(c) else x)
-        for name, c in candidates.items()
-    }
+    opened = {name: _candidates.open_candidate(name, c) for name, c in candidates.items()}
+    runners = {name: candidate.prepare(x) for name, candidate in opened.items()}
+    return in_turns(runners, rounds, warmup, max_seconds, verbose)
+
+
+def in_turns(
+    runners: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    warmup: int = 10,
+    max_seconds: float = 5.0,
+    verbose: int = 1,
+) -> dict[str, Latency]:
+    """Times functions without arguments by turns, as `measure_latency` describes it."""
     for run in runners.values():
         for _ in range(warmup):
             run()
@@ -148,10 +157,6 @@ class Progress:
     def close(self) -> None:
         if self._bar is not None and self._done < self._total:
             self._bar.update(self._done, finalize=True)
-
-
-def _is_model(candidate) -> bool:
-    return isinstance(candidate, keras.Model) or _candidates.is_litert(candidate)
 
 
 def _turn(run: Callable[[], Any]) -> float:

@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from accel_tf.layers import difference, run, samples, walk
 from accel_tf.quantization._checks import require_ranges
+from accel_tf.quantization._data import batches_of, inputs_of
 from accel_tf.quantization._fake import FakeQuantize, observing
 from accel_tf.quantization._observers import MinMax
 from accel_tf.quantization._rewrite import require_same_unrounded, rewrite
@@ -41,7 +42,8 @@ def calibrate(
         model: As for `quantize_aware`.
         data: Inputs without labels: an array (n, …), or a list or dict of arrays for several
             inputs; or a `tf.data.Dataset` or other finite iterable of batches, where a batch may
-            also be a tuple `(x, y)` or `(x, y, sample_weight)`, of which x is used. `None` will do
+            also be a tuple `(x, y)` or `(x, y, sample_weight)`, of which x is used. A list of arrays
+            is one array for each input; for a list of batches pass `iter(batches)`. `None` will do
             for schemes of weights alone, which have no ranges.
         scheme: The number format; `Int8()` if not given. Ranges are found by its observer; if it has
             none, by `MinMax()`, and the model goes on from there with `MovingAverage()` if it is trained.
@@ -56,9 +58,10 @@ def calibrate(
         A new model of the same class, not compiled.
 
     Raises:
-        ValueError: As `quantize_aware`; `data` has no batch or an empty one, or has NaN or infinite
-            values; or a layer's values are such that there is no grid for them; or the new model,
-            with nothing rounded, does not compute what `model` does.
+        ValueError: As `quantize_aware`; `data` has no batch or an empty one, does not fit the inputs
+            of the model, has labels beside an array of inputs, or has NaN or infinite values; or a
+            layer's values are such that there is no grid for them; or the new model, with nothing
+            rounded, does not compute what `model` does.
 
     Example:
 
@@ -80,7 +83,7 @@ def calibrate(
     quantized = rewrite(model, scheme.with_default(MinMax()), exclude, "calibrate")
     x = None
     if data is not None:
-        x = _observe(quantized, _batches(data, batch_size), verbose)
+        x = _observe(quantized, batches_of(quantized, data, batch_size), verbose)
         require_ranges(quantized)
     elif any(isinstance(layer, FakeQuantize) for _, layer in walk(quantized)):
         raise ValueError("calibrate needs data to find the ranges of activations, received None.")
@@ -102,20 +105,14 @@ def _observe(quantized, batches, verbose):
 
     def observe(*tensors):
         quantized(tf.nest.pack_sequence_as(structure, tensors), training=False)
-        floats = [t for t in tensors if t.dtype.is_floating]
-        return tf.reduce_all([tf.reduce_all(tf.math.is_finite(t)) for t in floats])
+        floats = [tf.cast(t, tf.float32) for t in tensors if t.dtype.is_floating]
+        return tf.reduce_all([True, *(tf.reduce_all(tf.math.is_finite(t)) for t in floats)])
 
     step, traced, first = 0, {}, None
     with observing():
         for step, batch in enumerate(batches, start=1):
-            is_pair = isinstance(batch, tuple)
-            structure = keras.utils.unpack_x_y_sample_weight(batch)[0] if is_pair else batch
-            tensors = [tf.convert_to_tensor(x) for x in tf.nest.flatten(structure)]
-            if not all(len(x) for x in tensors):
-                raise ValueError(
-                    f"Batch {step - 1} of the calibration data is empty: its shape is "
-                    f"{', '.join(str(tuple(x.shape)) for x in tensors)}. Leave such batches out."
-                )
+            structure = inputs_of(quantized, batch, step - 1)
+            tensors = tf.nest.flatten(structure)
             if first is None:
                 first = tf.nest.pack_sequence_as(structure, [x[:_CHECKED] for x in tensors])
             # Once for all batches, the last and smaller one included, unless images vary in size.
@@ -170,25 +167,3 @@ def _note_noise(model, quantized, x):
             "which layers cause it; leave those in float with exclude=[...].",
             stacklevel=3,
         )
-
-
-def _batches(data, batch_size):
-    if isinstance(data, tf.data.Dataset):
-        if data.cardinality() == tf.data.INFINITE_CARDINALITY:
-            raise ValueError("calibrate needs a finite dataset; end this one with .take(batches).")
-        return data
-    if isinstance(data, keras.utils.PyDataset):
-        return [data[i] for i in range(len(data))]
-    arrays = keras.tree.flatten(data) if isinstance(data, (list, dict)) else [data]
-    if not all(hasattr(array, "shape") and len(array.shape) for array in arrays):
-        return data
-    # A list of batches looks like a list of inputs; batches have ranks like the inputs' as well, so
-    # a plain list of arrays is always one array per input, as in `model.predict`.
-    lengths = {len(array) for array in arrays}
-    if len(lengths) > 1:
-        raise ValueError(
-            f"The arrays of several inputs must have the same length, received {sorted(lengths)}. "
-            "For batches of different sizes pass a generator or a tf.data.Dataset."
-        )
-    starts = range(0, lengths.pop(), batch_size)
-    return [keras.tree.map_structure(lambda a, s=s: a[s : s + batch_size], data) for s in starts]

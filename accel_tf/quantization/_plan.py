@@ -216,7 +216,7 @@ class Plan:
                 "build the model from the layers that quantize_aware lists; a layer of your own can be "
                 "made of those, of weights and of keras.ops, the same in training and inference."
             )
-        if reason := obstacle(layer, call.inputs):
+        if reason := obstacle(layer, call.inputs, self.scheme_of(layer)):
             raise ValueError(f"Cannot quantize layer {path!r} ({kind}): {reason}. {out}.")
         return rule
 

@@ -219,12 +219,13 @@ def _both_ways(layer, x, mask=None, **_):
     raise ValueError(f"merge_mode={layer.merge_mode!r} has no integer form.")
 
 
-def obstacle(layer, inputs) -> str | None:
+def obstacle(layer, inputs, scheme) -> str | None:
     """Returns what keeps a layer with a rule from being quantized, `None` if nothing does.
 
     Args:
         layer: The layer or operator.
         inputs: The tensors of its call.
+        scheme: The scheme to quantize it with.
     """
     name = _activations.name_of(layer)
     if name is not None and name not in _activations.KNOWN and rule_of(layer).kind != "float":
@@ -233,6 +234,12 @@ def obstacle(layer, inputs) -> str | None:
         return "the integer kernels are channels_last"
     if any(node.arguments.kwargs.get("reverse") for node in layer._inbound_nodes):
         return "it is called in reverse, which is a product with the table that it looks up"
+    if isinstance(layer, _L.Embedding) and scheme.activation_bits:
+        if keras.backend.is_float_dtype(inputs[0].dtype):
+            return (
+                "its ids are floats, and quantization would change them. Give the model integer ids: "
+                "keras.Input(shape, dtype='int32')"
+            )
     rank = len(inputs[0].shape)
     if isinstance(layer, _L.BatchNormalization | _L.Normalization | _L.LayerNormalization):
         axes = layer.axis if isinstance(layer.axis, tuple | list) else (layer.axis,)

@@ -69,18 +69,19 @@ class SparseMatrix:
 
     @classmethod
     def from_dense(cls, w, format="auto") -> "SparseMatrix":
-        """Returns the non-zeros of a dense matrix.
+        """Returns the non-zeros of a matrix.
 
         Args:
-            w: (in, out) floats: an array, a tensor, or a Keras kernel. NaN and infinity count as
-                non-zeros. Stored as float32.
+            w: (in, out) floats: an array, a tensor, a Keras kernel, or a sparse matrix or array of
+                SciPy, whose duplicates are summed up. NaN and infinity count as non-zeros. Stored as
+                float32.
             format: As in `SparseMatrix`.
 
         Returns:
             A `SparseMatrix` of the same shape, with columns in ascending order.
 
         Raises:
-            ValueError: `w` has not two dimensions.
+            ValueError: `w` has not two dimensions, or is a `tf.SparseTensor`.
 
         Example:
 
@@ -88,6 +89,12 @@ class SparseMatrix:
         >>> at.SparseMatrix.from_dense(np.eye(4)).nnz
         4
         """
+        if isinstance(w, tf.SparseTensor):
+            raise ValueError(
+                "from_dense received a tf.SparseTensor. Write from_dense(tf.sparse.to_dense(w))."
+            )
+        if hasattr(w, "tocsc"):  # SciPy's formats, each of which offers this conversion
+            return cls._of_scipy(w, format)
         w = np.asarray(tf.convert_to_tensor(w), np.float32)
         if w.ndim != 2:
             raise ValueError(
@@ -99,6 +106,13 @@ class SparseMatrix:
         pointers = np.zeros(w.shape[1] + 1, np.int64)
         np.cumsum(np.bincount(rows, minlength=w.shape[1]), out=pointers[1:])
         return cls(pointers, columns, by_output[rows, columns], w.shape, format=format)
+
+    @classmethod
+    def _of_scipy(cls, w, format) -> "SparseMatrix":
+        w = w.tocsc(copy=True)  # whose columns are the outputs, as in this class
+        w.sum_duplicates()
+        w.eliminate_zeros()
+        return cls(w.indptr, w.indices, w.data, w.shape, format=format)
 
     def with_values(self, values) -> "SparseMatrix":
         """Returns a matrix with the same pattern and other values, which may be differentiated.

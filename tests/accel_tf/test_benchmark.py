@@ -1,6 +1,5 @@
 """accel_tf.benchmark: counts against numbers worked out by hand, times against known sleeps."""
 
-import dataclasses
 import gc
 import gzip
 import random
@@ -15,11 +14,15 @@ from keras import layers
 
 import accel_tf
 from accel_tf import benchmark
-from accel_tf.benchmark import _candidates
+from accel_tf.benchmark import _candidates, _runners
 
 
 def sequential(shape, *stack):
     return keras.Sequential([keras.Input(shape), *stack])
+
+
+def predict(path, x, batch_size):
+    return _candidates.open_candidate("file", path).predict(x, batch_size)
 
 
 @pytest.fixture(scope="module")
@@ -265,7 +268,7 @@ def test_models_run_in_inference_mode_as_they_were_compiled(jit):
     modes.clear()
     benchmark.measure_latency({"m": model}, np.zeros((2, 3)), rounds=3, warmup=1, verbose=0)
     assert modes == [(False, True)]  # traced once, never called eagerly
-    assert benchmark._candidates.compiled(model, np.zeros((2, 3)))._jit_compile is jit
+    assert _runners.compiled(model, np.zeros((2, 3)))._jit_compile is jit
 
 
 def test_a_progress_bar_appears_only_when_it_takes_long(capsys, monkeypatch):
@@ -308,7 +311,7 @@ def test_an_int8_file_is_compared_by_its_own_scales(trained_cnn, digits, litert)
     assert table["int8"].score > 0.95
     assert table["int8"].size.plain == path.stat().st_size < table["float"].size.plain
     assert table["int8"].parameters is None and table["int8"].flops is None
-    outputs = _candidates.predict(path, x, batch_size=32)
+    outputs = predict(path, x, batch_size=32)
     expected = model(x).numpy()
     # Single outputs may clip, for the calibration saw 50 images; wrong scales would move them all.
     assert np.abs(outputs - expected).mean() < 0.03 * np.abs(expected).max()
@@ -327,7 +330,7 @@ def test_files_of_several_inputs_and_outputs(two_inputs, litert):
     x = [rng.normal(size=(6, 3)).astype("float32"), rng.normal(size=(6, 4)).astype("float32")]
     path = litert(two_inputs)
     for inputs in (x, {"zebra": x[0], "apple": x[1]}):
-        outputs = _candidates.predict(path, inputs, batch_size=4)
+        outputs = predict(path, inputs, batch_size=4)
         for got, expected in zip(outputs, two_inputs(x), strict=True):
             np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
     error = lambda y, out: np.mean((out[0] - y) ** 2)  # noqa: E731
@@ -340,9 +343,9 @@ def test_files_of_several_inputs_and_outputs(two_inputs, litert):
 def test_inputs_that_do_not_fit_a_file_are_described(two_inputs, litert):
     path = litert(two_inputs)
     with pytest.raises(ValueError, match=r"apple \(-1, 4\), zebra \(-1, 3\).*dictionary by name"):
-        _candidates.predict(path, [np.zeros((2, 3)), np.zeros((2, 3))], 2)
+        predict(path, [np.zeros((2, 3)), np.zeros((2, 3))], 2)
     with pytest.raises(ValueError, match="has the inputs apple, zebra; received pear, zebra"):
-        _candidates.predict(path, {"zebra": np.zeros((2, 3)), "pear": np.zeros((2, 4))}, 2)
+        predict(path, {"zebra": np.zeros((2, 3)), "pear": np.zeros((2, 4))}, 2)
 
 
 def test_a_file_of_fixed_batch_runs_once_per_chunk(litert):
@@ -351,106 +354,9 @@ def test_a_file_of_fixed_batch_runs_once_per_chunk(litert):
     path = litert(model)
     data = np.random.default_rng(0).normal(size=(6, 3)).astype("float32")
     expected = np.concatenate([model(data[i : i + 2]) for i in range(0, 6, 2)])
-    np.testing.assert_allclose(_candidates.predict(path, data, 6), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(predict(path, data, 6), expected, rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match="takes 2 inputs per run; 3 is no multiple"):
-        _candidates.predict(path, data[:3], 6)
-
-
-# compare ----------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def identity():
-    """A model whose outputs are its inputs, so that every score is known."""
-    model = sequential((4,), layers.Dense(4, use_bias=False))
-    model.set_weights([np.eye(4)])
-    return model
-
-
-@pytest.mark.parametrize("labels", ["sparse", "column", "one-hot"])
-def test_accuracy_of_every_kind_of_label(identity, labels):
-    y = np.array([0, 1, 2, 0])  # the last is wrong
-    y = {"sparse": y, "column": y[:, None], "one-hot": np.eye(4)[y]}[labels]
-    table = benchmark.compare({"m": identity}, np.eye(4), y, rounds=1, verbose=0)
-    assert table["m"].score == 0.75
-
-
-def test_accuracy_of_sequences_and_of_one_output():
-    steps = sequential((3, 4), layers.Identity())
-    y = np.array([[0, 1, 2], [1, 1, 1]])
-    x = np.eye(4)[y]
-    x[0, 0] = [0, 9, 0, 0]
-    table = benchmark.compare({"m": steps}, x, y, rounds=1, verbose=0)
-    assert table["m"].score == pytest.approx(5 / 6)
-    binary = sequential((1,), layers.Identity())
-    x = np.array([[0.2], [0.7], [0.9], [0.4]])
-    for y in ([0, 1, 0, 0], [[0], [1], [0], [0]]):
-        assert benchmark.compare({"m": binary}, x, y, rounds=1, verbose=0)["m"].score == 0.75
-
-
-@pytest.mark.parametrize(
-    ("metric", "column"),
-    [
-        ("mean_absolute_error", "mean_absolute_error"),
-        (keras.metrics.MeanSquaredError(name="mse"), "mse"),
-        (lambda y, p: np.abs(y - p).max(), "<lambda>"),
-    ],
-)
-def test_other_metrics(identity, metric, column):
-    table = benchmark.compare(
-        {"m": identity}, np.eye(4), np.zeros((4, 4)), metric=metric, rounds=1, verbose=0
-    )
-    assert column in table.columns
-    assert table["m"].score == pytest.approx(1.0 if column == "<lambda>" else 0.25)
-
-
-def test_the_table_reads_as_text_and_html_and_keeps_exact_numbers(identity):
-    other = sequential((4,), layers.Dense(300), layers.Dense(4))
-    table = benchmark.compare(
-        {"small": identity, "large": other}, np.eye(4), np.arange(4), latency_batch=2, verbose=0
-    )
-    text = str(table)
-    assert "small" in text and "1.00×" in text and "batch of 2" in text
-    assert "<table" in table._repr_html_()
-    small, large = table["small"], table["large"]
-    assert (small.parameters, small.nonzero, small.flops, small.score) == (16, 4, 32, 1.0)
-    assert large.parameters == 4 * 300 + 300 + 300 * 4 + 4
-    assert large.latency.median > 0 and len(large.latency.samples) == 100
-    assert table.speedup("large") == pytest.approx(small.latency.median / large.latency.median)
-    assert dataclasses.is_dataclass(small)
-    with pytest.raises(KeyError, match="No model 'x'; there are small, large"):
-        table["x"]
-
-
-def test_compare_without_labels_leaves_the_metric_out(identity):
-    table = benchmark.compare({"m": identity}, np.eye(4), rounds=1, verbose=0)
-    assert "accuracy" not in table.columns and table["m"].score is None
-
-
-def test_compare_takes_real_and_mixed_precision_models():
-    real = keras.applications.MobileNetV2(weights=None, input_shape=(32, 32, 3), classes=4)
-    keras.config.set_dtype_policy("mixed_float16")
-    mixed = sequential((32, 32, 3), layers.GlobalAveragePooling2D(), layers.Dense(4))
-    x = np.zeros((3, 32, 32, 3), "float32")
-    table = benchmark.compare({"r": real, "m": mixed}, x, [0, 1, 2], rounds=2, verbose=0)
-    assert table["r"].parameters == real.count_params()
-    assert table["m"].parameters == 16 and table["m"].score == pytest.approx(1 / 3)
-
-
-@pytest.mark.parametrize(
-    ("models", "x", "y", "options", "message"),
-    [
-        ({}, np.eye(4), None, {}, "at least one model"),
-        ({"f": len}, np.eye(4), None, {}, "compare expects a keras.Model"),
-        (None, np.eye(4), [0, 1], {}, "x has 4 samples and y 2"),
-        (None, np.zeros((0, 4)), None, {}, "at least one sample"),
-        (None, np.eye(4), None, {"latency_batch": 5}, "between 1 and the 4 samples"),
-        (None, np.eye(4), np.zeros((4, 3)), {}, r"shape \(4, 3\) do not fit .* \(4, 4\)"),
-    ],
-)
-def test_compare_rejects(identity, models, x, y, options, message):
-    with pytest.raises(ValueError, match=message):
-        benchmark.compare({"m": identity} if models is None else models, x, y, verbose=0, **options)
+        predict(path, data[:3], 6)
 
 
 # The host ---------------------------------------------------------------------------------------

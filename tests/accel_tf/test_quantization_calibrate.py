@@ -113,3 +113,104 @@ def test_data_that_calibrates_nothing_is_an_error():
         at.calibrate(model, tf.data.Dataset.from_tensors(np.ones((1, 8, 8, 1))).repeat(), verbose=0)
     with pytest.raises(ValueError, match=r"same length, received \[2, 3\]"):
         at.calibrate(two_inputs(), [np.ones((2, 3)), np.ones((3, 3))], verbose=0)
+
+
+# Data that does not fit the model ----------------------------------------------------------------
+
+
+def line(shape=(4,), dtype="float32"):
+    stack = [keras.Input(shape, dtype=dtype, name="x"), L.Dense(3)]
+    return keras.Sequential(stack, name="line")
+
+
+X = np.linspace(-1, 3, 80, dtype="float32").reshape(20, 4)
+Y = np.zeros((20, 3), "float32")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ([], r"at least one sample; received an empty list. Write calibrate\(model, x\)"),
+        ((), "at least one sample; received an empty tuple"),
+        ({}, "at least one sample; received an empty dict"),
+        (X[:0], "at least one batch of data; received none"),
+        ((X, Y), r"has 1 input, .* tuple of 2: \(20, 4\), \(20, 3\).*write calibrate\(model, x\)"),
+        ([X, X], r"has 1 input, .* list of 2: .* write calibrate\(model, iter\(batches\)\)"),
+        (3, "takes an array, .* Received: int 3"),
+        ("data.npy", "takes an array, .* Received: str 'data.npy'"),
+        (X[:, :3], r"Batch 0 .* has the shape \(20, 3\), and input 'x' takes \(None, 4\)"),
+        (X[None], r"Batch 0 .* has the shape \(1, 20, 4\)"),
+        (X[0], r"shape \(4,\), and .* looks like a single sample: .*batch\(32\)"),
+        (tf.data.Dataset.from_tensor_slices(X), "looks like a single sample"),
+        (iter([X, Y]), r"Batch 1 .* has the shape \(20, 3\)"),
+        (iter([X, X[:0]]), r"Batch 1 .* is empty: its shape is \(0, 4\)"),
+        ({"pear": X}, r"keys \['pear'\], and the model needs \['x'\]"),
+        (X.astype("complex64"), "Batch 0 .* has complex64 values that input 'x', of type float32"),
+        (X.astype(str), "Batch 0 .* has string values that input 'x', of type float32"),
+        (np.full((2, 4), None), "Batch 0 .* is no array of numbers"),
+    ],
+)
+def test_data_that_does_not_fit_the_model_is_described(data, message):
+    with pytest.raises(ValueError, match=message):
+        at.calibrate(line(), data, verbose=0)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (
+            ([np.ones((4, 3)), np.ones((4, 3))], np.ones(4)),
+            r"2 inputs, .* tuple of 2: list, \(4,\)",
+        ),
+        ([np.ones((4, 3))], r"2 inputs, .* list of 1: \(4, 3\)"),
+        (np.ones((4, 3)), r"has 1 array, and the model takes 2: \['a', 'b'\]"),
+        ({"a": np.ones((4, 3)), "c": np.ones((4, 3))}, r"keys \['a', 'c'\].*needs \['b'\]"),
+    ],
+)
+def test_data_of_too_few_inputs_is_described(data, message):
+    with pytest.raises(ValueError, match=message):
+        at.calibrate(two_inputs(), data, verbose=0)
+
+
+def test_data_in_lists_tuples_and_dictionaries_means_the_same_as_an_array():
+    expected = (-1.0, 3.0)
+    for data in (X.tolist(), [X], {"x": X}, [(X[:9], Y[:9]), (X[9:], Y[9:])]):
+        quantized = at.calibrate(line(), data, batch_size=8, verbose=0)
+        assert quantized.layers[0].range == expected
+
+
+def test_several_inputs_come_in_tuples_dictionaries_and_lists_of_batches():
+    a, b = np.ones((4, 3)), np.full((4, 3), -2.0)
+    for data in ((a, b), {"a": a.tolist(), "b": b, "unused": a}, [[a, b], [a, b]]):
+        quantized = at.calibrate(two_inputs(), data, verbose=0)
+        assert quantized.get_layer("a_quantizer").range == (0.0, 1.0)
+        assert quantized.get_layer("b_quantizer").range == (-2.0, 0.0)
+
+
+def test_inputs_that_an_integer_type_would_cut_off_are_refused():
+    images = keras.Sequential([keras.Input((2,), dtype="uint8"), L.Rescaling(1 / 255), L.Dense(2)])
+    whole = at.calibrate(images, np.array([[0.0, 255.0]]), verbose=0)
+    assert whole.layers[0].quantizers[0].range == (0.0, 255.0)
+    with pytest.raises(
+        ValueError, match="float64 values that input .*, of type uint8, does not hold"
+    ):
+        at.calibrate(images, np.array([[0.0, 0.5]]), verbose=0)
+
+
+def test_float_ids_are_refused_where_they_would_be_quantized():
+    keras.utils.set_random_seed(0)
+    ids = keras.Input((4,), name="ids")
+    pooled = L.GlobalAveragePooling1D()(L.Embedding(300, 8, name="table")(ids))
+    model = keras.Model(ids, L.Dense(2)(pooled))
+    x = np.random.default_rng(0).integers(0, 300, (50, 4)).astype("float32")
+    with pytest.raises(
+        ValueError, match=r"'table'.*ids are floats.*dtype='int32'.*exclude=\['table"
+    ):
+        at.calibrate(model, x, verbose=0)
+    expected = np.asarray(model(x))
+    for quantized in (
+        at.calibrate(model, x, exclude=["table"], verbose=0),
+        at.calibrate(model, None, at.Int8Weights(), verbose=0),
+    ):
+        error = np.square(quantized(x) - expected).sum()
+        assert 10 * np.log10(np.square(expected).sum() / error) > 30
