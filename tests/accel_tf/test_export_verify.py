@@ -3,6 +3,8 @@
 import sys
 
 import flatbuffers
+import dataclasses
+
 import keras
 import numpy as np
 import onnx
@@ -228,3 +230,21 @@ def test_a_missing_converter_says_what_to_install(model, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tf2onnx.convert", None)
     with pytest.raises(ImportError, match=r"pip install 'accel-tf\[onnx\]'"):
         at.export.onnx(model, tmp_path / "m.onnx")
+
+
+def test_equal_outputs_are_ok_whatever_other_kernels_make_of_the_layers(model, images, tmp_path):
+    path = export(model, "saved", tmp_path)
+    found = at.export.verify(model, path, images)
+    deviates = found.layers[0]._replace(note="first to deviate", sqnr=3.0)
+    equal = dataclasses.replace(found, sqnr=np.inf, layers=(deviates, *found.layers[1:]))
+    assert equal.ok and not dataclasses.replace(equal, sqnr=70.0).ok
+
+
+def test_a_file_is_compared_with_the_original_model_too(model, quantized, images, tmp_path):
+    path = export(quantized, "tflite", tmp_path)
+    found = at.export.verify(quantized, path, images, original=model)
+    assert found.ok and found.to_original > 15 and "SQNR to the original" in str(found)
+    assert at.export.verify(quantized, path, images).to_original is None
+    lost = keras.models.clone_model(model)  # its weights are others: the copy lost the state
+    found = at.export.verify(quantized, path, images, original=lost)
+    assert found.sqnr > 35 and not found.ok
