@@ -18,6 +18,7 @@ from accel_tf.pruning._distribution import DISTRIBUTIONS, active_weights
 from accel_tf.pruning._forms import form_of
 from accel_tf.pruning._rewiring import RewiredConstraint, RewiredMask
 from accel_tf.pruning._selection import weights_of
+from accel_tf.pruning._start import TrainingStart
 from accel_tf.report import Entry, Report, attach
 
 
@@ -250,12 +251,13 @@ def train_sparse(
         raise ValueError(f"Nothing in model {model.name!r} can be made sparse:\n{report}")
 
     step = StepCounter(model, optimizer, initial_step)
+    training_start = TrainingStart(model, "train_sparse", optimizer)
 
     def trainer():
         return optimizer or getattr(model, "optimizer", None)
 
     for index, (v, count) in enumerate(zip((w.variable for w in chosen), counts, strict=True)):
-        mask = RewiredMask(v, count, method, step, trainer, index, initial_step)
+        mask = RewiredMask(v, count, method, step, trainer, index, initial_step, training_start)
         RewiredConstraint.attach(mask, v)
     if model.compiled:
         model.train_function = None  # traced without these constraints; `fit` makes it anew

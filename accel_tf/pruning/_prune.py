@@ -15,6 +15,7 @@ from accel_tf.pruning._forms import form_of
 from accel_tf.pruning._patterns import NM, Channels, Pattern, Unstructured
 from accel_tf.pruning._schedules import Schedule, require_integer
 from accel_tf.pruning._selection import Weight, weights_of
+from accel_tf.pruning._start import TrainingStart
 from accel_tf.report import Entry, Report, attach
 
 _BY_SHAPE = ("erdos_renyi", "erdos_renyi_kernel")
@@ -122,8 +123,9 @@ def prune(
 
     step = StepCounter(model, optimizer, initial_step)
     scores = criterion.bind(model, chosen, step)
+    training_start = TrainingStart(model, "prune", optimizer)
     for group, rise in zip(groups, levels, strict=True):
-        masks = Masks(group, schedule, pattern, step, forms, scores, rise)
+        masks = Masks(group, schedule, pattern, step, forms, scores, rise, training_start)
         masks.start(initial_step)
         if not scores.ready and not all(map(masks.holds, group)):
             raise ValueError(
