@@ -179,7 +179,7 @@ class Masks:
 
     def shortfall(self, batches: int) -> str:
         """Returns what a training of so many batches leaves undone, as a sentence, or ""."""
-        if not any(v.trainable for v in self.variables):  # those of no optimizer, or of another call
+        if not any(v.trainable for v in self.variables):
             return ""
         now, end = self.step_after(0), self.step_after(batches)
         return prunes_nothing(self.schedule, now, end) or ends_early(self.schedule, now, end)
