@@ -193,7 +193,8 @@ def train_sparse(
 
     Steps count from this call. Call it again after loading a model or weights, with the same method
     and `initial_step`: the zeros in a file are the mask, and the rewirings go on where they were.
-    `keras.callbacks.BackupAndRestore` works as it is. A `tf.function` of your own that contains the
+    `keras.callbacks.BackupAndRestore` works as it is. `fit` warns when it starts if it is too short
+    for a single rewiring, or if weights were replaced by dense ones since this call. A `tf.function` of your own that contains the
     training step has to be made after the call.
 
     What this saves is in the file, as with `prune`, and in the network's form; Keras's dense kernels

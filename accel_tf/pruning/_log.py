@@ -25,7 +25,7 @@ class SparsityLog(keras.callbacks.Callback):
 
     When `fit` starts, it compares the schedules of `prune` with the steps to come. Where they prune
     nothing, that is an error; where training ends before the schedule does, a warning, once: calls of
-    `fit` may follow.
+    `fit` may follow. Without this callback, both are warnings, at the first `fit` after `compile`.
 
     Args:
         log_dir: A directory for TensorBoard; the callback `keras.callbacks.TensorBoard` is not needed

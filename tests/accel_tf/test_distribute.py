@@ -1,8 +1,11 @@
 """accel_tf.distribute: which devices, and that replicas train to the weights of one device."""
 
+import json
 import os
+import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -201,6 +204,38 @@ def test_batch_normalization_needs_synchronized(strategy, digits):
         local, synchronized = make(False), make(True)
     assert largest_difference(one, train(local)) > 1e-3
     assert largest_difference(one, train(synchronized)) < 1e-5
+
+
+def start_worker(folder, ports, index):
+    script = Path(__file__).with_name("multi_worker_pruning.py")
+    workers = {"worker": [f"127.0.0.1:{port}" for port in ports]}
+    task = {"cluster": workers, "task": {"type": "worker", "index": index}}
+    env = {**os.environ, "TF_CONFIG": json.dumps(task if ports else {})}
+    return subprocess.Popen([sys.executable, script, folder], env=env, stderr=subprocess.PIPE)
+
+
+def test_two_workers_prune_alike_in_a_custom_loop(tmp_path):
+    """Two processes over gRPC, where `fit` of Keras 3 fails; and one that trains on whole batches."""
+    sockets = [socket.socket() for _ in range(2)]
+    for s in sockets:
+        s.bind(("127.0.0.1", 0))
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    processes = [start_worker(tmp_path, *who) for who in ((ports, 0), (ports, 1), ([], None))]
+    try:
+        for process in processes:
+            _, errors = process.communicate(timeout=300)
+            assert process.returncode == 0, errors.decode()
+    finally:
+        for process in processes:
+            process.kill()
+    first, second, alone = (dict(np.load(tmp_path / f"{n}.npz")) for n in ("0", "1", "alone"))
+    for name, weight in first.items():
+        np.testing.assert_array_equal(weight, second[name])
+        np.testing.assert_allclose(weight, alone[name], atol=1e-5)
+    kernels = np.concatenate([w.ravel() for w in first.values() if w.ndim == 2])
+    assert np.mean(kernels == 0) == 0.75
 
 
 # even_batches by itself -----------------------------------------------------------------------

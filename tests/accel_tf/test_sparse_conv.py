@@ -37,7 +37,7 @@ BOTH = [(2, case) for case in CASES] + [(1, case) for case in CASES_1D]
 
 def pair(rank, case, channels=5, filters=8):
     """A convolution with zeros in its kernel and the sparse one of the same function."""
-    rng, size = np.random.default_rng(0), (11, 14)[:rank]
+    rng, size = np.random.default_rng(0), {1: (71,), 2: (11, 14)}[rank]
     dense = getattr(keras.layers, f"Conv{rank}D")(filters, activation="relu", **case)
     dense.build((None, *size, channels))
     kernel = rng.normal(size=dense.kernel.shape) * (rng.random(dense.kernel.shape) < 0.3)
@@ -67,7 +67,9 @@ def test_equals_the_dense_convolution_with_gradients(rank, case):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
     assert sparse.compute_output_shape(x.shape) == tuple(y.shape)
     kept = keras.ops.convert_to_numpy(dense.kernel) != 0
-    np.testing.assert_allclose(np.sort(dw[dw != 0]), np.sort(dense_dw[kept]), rtol=1e-3, atol=1e-4)
+    # An inactive filter has no gradient, and padding of the packed values has none either.
+    stored, wanted = dw[dw != 0], dense_dw[kept & (dense_dw != 0)]
+    np.testing.assert_allclose(np.sort(stored), np.sort(wanted), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("case", CASES[1:], ids=str)
