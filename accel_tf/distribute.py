@@ -12,8 +12,9 @@ scope, let the global batch grow with the number of replicas, and keep the last 
 
 The weights are then those of one device that trains on the global batch, up to rounding: the
 gradient of a mean is the mean of the replicas' gradients. **BatchNormalization is the exception**:
-each replica normalises by the mean and variance of its own share, and the moving statistics are the
-replicas' average. `keras.layers.BatchNormalization(synchronized=True)` computes them over the global
+each replica normalises by the mean and variance of its own share, and keeps moving statistics of its
+own shares; a file holds those of the first replica.
+`keras.layers.BatchNormalization(synchronized=True)` computes the mean and variance over the global
 batch, for one more all-reduce per layer.
 
 On several machines, `fit` of Keras 3 fails under `tf.distribute.MultiWorkerMirroredStrategy` (keras

@@ -17,13 +17,13 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+import accel_tf as at
+
 cluster = json.loads(os.environ.get("TF_CONFIG", "{}"))
 if cluster:  # before anything else of TensorFlow runs
     strategy = tf.distribute.MultiWorkerMirroredStrategy()
 else:
     strategy = tf.distribute.get_strategy()
-
-import accel_tf as at
 
 BATCH, STEPS = 16, 12
 rng = np.random.default_rng(0)

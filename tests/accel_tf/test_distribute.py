@@ -1,7 +1,9 @@
 """accel_tf.distribute: which devices, and that replicas train to the weights of one device."""
 
+import contextlib
 import json
 import os
+import runpy
 import socket
 import subprocess
 import sys
@@ -206,24 +208,29 @@ def test_batch_normalization_needs_synchronized(strategy, digits):
     assert largest_difference(one, train(synchronized)) < 1e-5
 
 
-def start_worker(folder, ports, index):
-    script = Path(__file__).with_name("multi_worker_pruning.py")
+def start_worker(script, folder, ports, index):
     workers = {"worker": [f"127.0.0.1:{port}" for port in ports]}
-    task = {"cluster": workers, "task": {"type": "worker", "index": index}}
-    env = {**os.environ, "TF_CONFIG": json.dumps(task if ports else {})}
+    config = json.dumps({"cluster": workers, "task": {"type": "worker", "index": index}})
+    env = {**os.environ, "TF_CONFIG": config}
     return subprocess.Popen([sys.executable, script, folder], env=env, stderr=subprocess.PIPE)
 
 
-def test_two_workers_prune_alike_in_a_custom_loop(tmp_path):
-    """Two processes over gRPC, where `fit` of Keras 3 fails; and one that trains on whole batches."""
-    sockets = [socket.socket() for _ in range(2)]
-    for s in sockets:
-        s.bind(("127.0.0.1", 0))
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    processes = [start_worker(tmp_path, *who) for who in ((ports, 0), (ports, 1), ([], None))]
+def free_ports(count):
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for s in sockets:
+            s.bind(("127.0.0.1", 0))
+        return [s.getsockname()[1] for s in sockets]
+
+
+def test_two_workers_prune_alike_in_a_custom_loop(tmp_path, monkeypatch):
+    """Two processes over gRPC, where `fit` of Keras 3 fails; and this one, on whole batches."""
+    script = str(Path(__file__).with_name("multi_worker_pruning.py"))
+    ports = free_ports(2)
+    processes = [start_worker(script, tmp_path, ports, index) for index in range(2)]
     try:
+        monkeypatch.setattr(sys, "argv", [script, str(tmp_path)])
+        runpy.run_path(script)
         for process in processes:
             _, errors = process.communicate(timeout=300)
             assert process.returncode == 0, errors.decode()
@@ -236,6 +243,18 @@ def test_two_workers_prune_alike_in_a_custom_loop(tmp_path):
         np.testing.assert_allclose(weight, alone[name], atol=1e-5)
     kernels = np.concatenate([w.ravel() for w in first.values() if w.ndim == 2])
     assert np.mean(kernels == 0) == 0.75
+
+
+def test_moving_statistics_are_those_of_each_replica(strategy):
+    with strategy.scope():
+        normalization = keras.layers.BatchNormalization(momentum=0.0)
+        model = keras.Sequential([keras.Input((1,)), normalization])
+        model.compile("sgd", "mse")
+    x = np.array([[0.0], [0.0], [10.0], [10.0]])
+    model.fit(x, np.zeros((4, 1)), batch_size=4, shuffle=False, verbose=0)
+    means = strategy.experimental_local_results(normalization.moving_mean.value)
+    assert [float(mean[0]) for mean in means] == [0.0, 10.0]
+    assert model.get_weights()[2] == [0.0]  # what a file holds
 
 
 # even_batches by itself -----------------------------------------------------------------------
