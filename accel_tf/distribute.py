@@ -32,8 +32,7 @@ then have the same weights, those of one process that trains on the global batch
         with tf.GradientTape() as tape:
             loss = tf.reduce_sum(loss_of_each_sample(y, model(x, training=True))) / global_batch
         gradients = tape.gradient(loss, model.trainable_variables)
-        context = tf.distribute.get_replica_context()
-        optimizer.apply(context.all_reduce("sum", gradients), model.trainable_variables)
+        optimizer.apply(gradients, model.trainable_variables)  # sums them over the workers
 
     @tf.function
     def step(batch):

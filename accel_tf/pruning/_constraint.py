@@ -216,8 +216,6 @@ class Masks:
         Args:
             variable: The weight whose constraint is being applied.
         """
-        if self.training_start is not None:
-            self.training_start()
         if tf.inside_function():
             with tf.init_scope():
                 self._follow(variable)
@@ -229,6 +227,9 @@ class Masks:
         shared = len(self.variables) > 1 and tf.inside_function()
         decide = self._traced if shared else self._decide
         tf.cond(tf.not_equal(due, self.latest), lambda: decide(due), lambda: None)
+        # Warnings come last, after the errors of all that is called above.
+        if self.training_start is not None:
+            self.training_start()
 
     def _follow(self, variable):
         """Lets the masks follow from weights that were restored, before the step that is traced.

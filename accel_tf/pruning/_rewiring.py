@@ -77,7 +77,6 @@ class RewiredMask:
 
     def update(self, variable) -> None:
         """Moves the mask if a rewiring is due, then resets the state of what is inactive."""
-        self._training_start()
         slots = state_of(self._variable, self._optimizer(), self.method)
         step = self._step()
         if tf.inside_function():
@@ -89,6 +88,7 @@ class RewiredMask:
         tf.cond(moves, lambda: self._rewire(due, slots), lambda: None)
         for slot, initial in slots:
             _reset(slot, self._mask, initial)
+        self._training_start()
 
     def _follow_weights(self, step):
         """Takes over a mask that was restored with the weights, before the step that is traced.

@@ -43,7 +43,7 @@ with strategy.scope():
     model = keras.Sequential(
         [keras.Input((8,)), keras.layers.Dense(16, "relu"), keras.layers.Dense(4)]
     )
-    optimizer = keras.optimizers.Adam(0.01)
+    optimizer = keras.optimizers.SGD(0.05, momentum=0.9)
     optimizer.build(model.trainable_variables)
     schedule = at.PolynomialDecay(0.75, end_step=10, frequency=2)
     at.prune(model, schedule, optimizer=optimizer, scope="global")
@@ -55,9 +55,7 @@ def step(batch):
         with tf.GradientTape() as tape:
             loss = tf.reduce_sum((model(x, training=True) - y) ** 2) / BATCH  # of the global batch
         variables = model.trainable_variables
-        gradients = tape.gradient(loss, variables)
-        replica = tf.distribute.get_replica_context()
-        optimizer.apply(replica.all_reduce("sum", gradients), variables)
+        optimizer.apply(tape.gradient(loss, variables), variables)  # sums over the replicas
 
     strategy.run(on_replica, batch)
 
