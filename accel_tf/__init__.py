@@ -68,6 +68,7 @@ _NAMES = {
     ),
     "report": ("report_of",),
     "sparse": (
+        "SparseConv1D",
         "SparseConv2D",
         "SparseDense",
         "SparseEinsumDense",

@@ -12,9 +12,34 @@ scope, let the global batch grow with the number of replicas, and keep the last 
 
 The weights are then those of one device that trains on the global batch, up to rounding: the
 gradient of a mean is the mean of the replicas' gradients. **BatchNormalization is the exception**:
-each replica normalises by the mean and variance of its own share, and the moving statistics are the
-replicas' average. `keras.layers.BatchNormalization(synchronized=True)` computes them over the global
+each replica normalises by the mean and variance of its own share, and keeps moving statistics of its
+own shares; a file holds those of the first replica.
+`keras.layers.BatchNormalization(synchronized=True)` computes the mean and variance over the global
 batch, for one more all-reduce per layer.
+
+On several machines, `fit` of Keras 3 fails under `tf.distribute.MultiWorkerMirroredStrategy` (keras
+issue 20585), while a custom training loop works, also for a model that `prune` holds. All workers
+then have the same weights, those of one process that trains on the global batch, up to rounding::
+
+    strategy = tf.distribute.MultiWorkerMirroredStrategy()  # first; the workers are in TF_CONFIG
+    with strategy.scope():
+        model = make_model()
+        optimizer = keras.optimizers.Adam(1e-3)
+        optimizer.build(model.trainable_variables)
+        at.prune(model, at.PolynomialDecay(0.9, end_step=1000), optimizer=optimizer)
+
+    def on_replica(x, y):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(loss_of_each_sample(y, model(x, training=True))) / global_batch
+        gradients = tape.gradient(loss, model.trainable_variables)
+        optimizer.apply(gradients, model.trainable_variables)  # sums them over the workers
+
+    @tf.function
+    def step(batch):
+        strategy.run(on_replica, batch)
+
+    for batch in strategy.distribute_datasets_from_function(batches_of_this_worker):
+        step(batch)
 
 Logical CPU devices share the cores of one processor: they are there to learn, to test and to debug,
 not to train faster. XLA does not know them: leave `jit_compile` off when replicas are on CPU devices.

@@ -247,7 +247,7 @@ assert density["logits"] < density["hidden1"] < density["hidden2"]
 
 # %%
 def static(model):
-    at.train_sparse(model, at.SET(SPARSITY, end_step=10**6, frequency=10**6))
+    at.prune(model, at.OneShot(SPARSITY), scope="erdos_renyi_kernel")
     train(model)
 
 

@@ -96,6 +96,18 @@ def test_environment_yml_is_in_step_with_the_lock():
     assert set(pins) == {_name(r.name) for r in here(direct)} - {"accel-tf"}
 
 
+def test_keras_is_a_release_with_all_fixes_of_its_file_format():
+    """Of the releases so far, only 3.12.4 and 3.15.1 have all security fixes for model files."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (keras,) = (r for r in map(Requirement, project["dependencies"]) if r.name == "keras")
+    for version in ("3.12.4", "3.15.1", "3.16.0"):
+        assert keras.specifier.contains(version)
+    for version in ("3.11.3", "3.12.3", "3.13.0", "3.13.2", "3.14.0", "3.14.1", "3.15.0"):
+        assert not keras.specifier.contains(version)
+    pins = re.findall(r"^keras==([\d.]+)", (ROOT / "requirements.lock").read_text(), re.MULTILINE)
+    assert pins and all(map(keras.specifier.contains, pins))
+
+
 def test_continuous_integration_runs_the_readmes_command():
     commands = [
         line

@@ -19,6 +19,7 @@
     _forms       which axes of a kernel are its inputs and outputs
     _distribution                                      how kernels share the active weights
     _constraint  the weight constraint that `prune` puts on the variables
+    _start       the warnings when training starts: too short, or weights replaced
     _selection   which variables of a model are pruned by default, by `include` and `exclude`
     _channel_graph, _channel_rules, _channel_choice    which channels depend on one another, and go
 

@@ -10,6 +10,7 @@ import tensorflow as tf
 from accel_tf.pruning._forms import Form, form_of
 from accel_tf.pruning._patterns import Pattern, keep_largest
 from accel_tf.pruning._schedules import Schedule
+from accel_tf.pruning._start import TrainingStart, ends_early, prunes_nothing
 
 
 class StepCounter:
@@ -133,6 +134,7 @@ class Masks:
         forms: Which axes of a variable are inputs, by its id; by default, all but the last.
         scores: The `Scores` that decide; by default by magnitude.
         levels: The sparsity at each update, if it is not that of the schedule.
+        training_start: The `TrainingStart` of the call of `prune`; by default nothing is said.
     """
 
     def __init__(
@@ -144,9 +146,13 @@ class Masks:
         forms: dict[int, Form] | None = None,
         scores: Scores | None = None,
         levels=None,
+        training_start: TrainingStart | None = None,
     ):
         self.variables = list(variables)
         self.schedule, self.pattern, self._step = schedule, pattern, step
+        self.training_start = training_start
+        if training_start is not None:
+            training_start.members.append(self)
         self.scores = scores or Scores()
         self._forms = forms or {id(v): form_of(v) for v in self.variables}
         self._levels = tf.constant(pattern.levels(schedule) if levels is None else levels)
@@ -171,6 +177,22 @@ class Masks:
         """Returns the schedule's step once the optimizer has had so many batches more."""
         return int(self._step.after(batches))
 
+    def shortfall(self, batches: int) -> str:
+        """Returns what a training of so many batches leaves undone, as a sentence, or ""."""
+        if not any(v.trainable for v in self.variables):
+            return ""
+        now, end = self.step_after(0), self.step_after(batches)
+        return prunes_nothing(self.schedule, now, end) or ends_early(self.schedule, now, end)
+
+    def replaced(self) -> list[str]:
+        """Returns the paths of the weights that are less sparse than the masks made them."""
+        if all(map(self.holds, self.variables)):
+            return []
+        # A checkpoint of another step has zeros elsewhere, but as many as are due at its step.
+        due = self.schedule.latest_update(self._step.completed())
+        masks = self._choose(due, Scores())
+        return [v.path for v in self.variables if _loses(v, masks[id(v)])]
+
     def remove(self, variable) -> None:
         """Leaves `variable` to another call of `prune`; the others keep their common sparsity."""
         self.variables = [v for v in self.variables if v is not variable]
@@ -178,8 +200,7 @@ class Masks:
 
     def holds(self, variable) -> bool:
         """Returns whether a weight, as it is, is zero wherever its mask says so."""
-        mask = tf.convert_to_tensor(self.masks[id(variable)])
-        return not tf.reduce_any(tf.not_equal(variable.value, 0) & ~mask)
+        return not _loses(variable, self.masks[id(variable)])
 
     def start(self, step: int) -> None:
         """Decides about the weights as they are, at the schedule's `step`, an `int`."""
@@ -206,6 +227,9 @@ class Masks:
         shared = len(self.variables) > 1 and tf.inside_function()
         decide = self._traced if shared else self._decide
         tf.cond(tf.not_equal(due, self.latest), lambda: decide(due), lambda: None)
+        # Warnings come last, after the errors of all that is called above.
+        if self.training_start is not None:
+            self.training_start()
 
     def _follow(self, variable):
         """Lets the masks follow from weights that were restored, before the step that is traced.
@@ -219,7 +243,13 @@ class Masks:
         self.scores.follow(variable)
 
     def _decide(self, due, scores=None):
-        scores = scores or self.scores
+        masks = self._choose(due, scores or self.scores)
+        for v in self.variables:
+            self.masks[id(v)].assign(masks[id(v)])
+        self.latest.assign(due)
+
+    def _choose(self, due, scores) -> dict:
+        """Returns the mask of each weight, by its id, after the schedule's update at `due`."""
         frozen = [v.path for v in self.variables if not v.trainable]
         if frozen and len(self.variables) > 1:
             raise ValueError(
@@ -229,15 +259,16 @@ class Masks:
         index = (due - self.schedule.begin_step) // self.schedule.frequency
         last = tf.cast(tf.size(self._levels) - 1, tf.int64)
         sparsity = tf.gather(self._levels, tf.clip_by_value(index, 0, last))
+        sparsity = tf.where(due < 0, tf.zeros_like(sparsity), sparsity)  # there was no update yet
         forms = [self._forms[id(v)] for v in self.variables]
         kernels = zip(forms, self.variables, strict=True)
         units = [self.pattern.scores(form.of(scores.of(v))) for form, v in kernels]
         keep = keep_largest(tf.concat(units, axis=0), sparsity)
         parts = tf.split(keep, [s.shape[0] for s in units])
-        for form, v, part in zip(forms, self.variables, parts, strict=True):
-            mask = self.pattern.expand(part, form.shape(v.shape))
-            self.masks[id(v)].assign(form.back(mask, v.shape))
-        self.latest.assign(due)
+        return {
+            id(v): form.back(self.pattern.expand(part, form.shape(v.shape)), v.shape)
+            for form, v, part in zip(forms, self.variables, parts, strict=True)
+        }
 
 
 class MaskConstraint(keras.constraints.Constraint):
@@ -281,6 +312,11 @@ class MaskConstraint(keras.constraints.Constraint):
             # again, because a constraint may move zeros.
             masked = tf.where(mask, self.inner(masked), tf.zeros((), w.dtype))
         return masked
+
+
+def _loses(variable, mask) -> bool:
+    """Returns whether a mask sets elements of a weight, as it is, to zero that are not."""
+    return bool(tf.reduce_any(tf.not_equal(variable.value, 0) & ~tf.convert_to_tensor(mask)))
 
 
 def magnitude(variable) -> tf.Tensor:

@@ -18,6 +18,7 @@ from accel_tf.pruning._distribution import DISTRIBUTIONS, active_weights
 from accel_tf.pruning._forms import form_of
 from accel_tf.pruning._rewiring import RewiredConstraint, RewiredMask
 from accel_tf.pruning._selection import weights_of
+from accel_tf.pruning._start import TrainingStart
 from accel_tf.report import Entry, Report, attach
 
 
@@ -192,7 +193,8 @@ def train_sparse(
 
     Steps count from this call. Call it again after loading a model or weights, with the same method
     and `initial_step`: the zeros in a file are the mask, and the rewirings go on where they were.
-    `keras.callbacks.BackupAndRestore` works as it is. A `tf.function` of your own that contains the
+    `keras.callbacks.BackupAndRestore` works as it is. `fit` warns when it starts if it is too short
+    for a single rewiring, or if weights were replaced by dense ones since this call. A `tf.function` of your own that contains the
     training step has to be made after the call.
 
     What this saves is in the file, as with `prune`, and in the network's form; Keras's dense kernels
@@ -250,12 +252,13 @@ def train_sparse(
         raise ValueError(f"Nothing in model {model.name!r} can be made sparse:\n{report}")
 
     step = StepCounter(model, optimizer, initial_step)
+    training_start = TrainingStart(model, "train_sparse", optimizer)
 
     def trainer():
         return optimizer or getattr(model, "optimizer", None)
 
     for index, (v, count) in enumerate(zip((w.variable for w in chosen), counts, strict=True)):
-        mask = RewiredMask(v, count, method, step, trainer, index, initial_step)
+        mask = RewiredMask(v, count, method, step, trainer, index, initial_step, training_start)
         RewiredConstraint.attach(mask, v)
     if model.compiled:
         model.train_function = None  # traced without these constraints; `fit` makes it anew

@@ -4,11 +4,11 @@ import sys
 import warnings
 
 import keras
-import numpy as np
 import tensorflow as tf
 
 from accel_tf.pruning._constraint import MaskConstraint, Masks
 from accel_tf.pruning._sparsity import sparsity
+from accel_tf.pruning._start import ends_early, prunes_nothing
 
 _SCALAR = tf.compat.v1.SummaryMetadata(
     plugin_data={"plugin_name": "scalars"}, data_class="DATA_CLASS_SCALAR"
@@ -25,7 +25,7 @@ class SparsityLog(keras.callbacks.Callback):
 
     When `fit` starts, it compares the schedules of `prune` with the steps to come. Where they prune
     nothing, that is an error; where training ends before the schedule does, a warning, once: calls of
-    `fit` may follow.
+    `fit` may follow. Without this callback, both are warnings, at the first `fit` after `compile`.
 
     Args:
         log_dir: A directory for TensorBoard; the callback `keras.callbacks.TensorBoard` is not needed
@@ -95,34 +95,22 @@ class SparsityLog(keras.callbacks.Callback):
             self._writer = None
         unfinished = [masks for masks in _pruned(self.model) if masks.unfinished]
         if unfinished and (self.params or {}).get("steps") is None:  # none at the beginning
-            masks = unfinished[0]
-            self._warn(masks.schedule, masks.step_after(0))
+            step = unfinished[0].step_after(0)
+            self._warn(ends_early(unfinished[0].schedule, step, step))
 
     def _check(self, batches: int):
         for masks in _pruned(self.model):
-            now, end, schedule = masks.step_after(0), masks.step_after(batches), masks.schedule
-            if schedule.latest_update(now) >= schedule.reached_at:
-                continue
-            rise = _next_rise(schedule, now)
-            if rise is not None and rise > end:
-                raise ValueError(
-                    f"This training prunes nothing: it goes from step {now} to step {end}, and the "
-                    f"next update that prunes is at step {rise} of {schedule!r}. Train for more "
-                    "steps, or call prune again with a schedule that begins earlier or has a lower "
-                    "frequency."
-                )
-            if end < schedule.reached_at:
-                self._warn(schedule, end)
+            if masks.training_start is not None:
+                masks.training_start.batches()  # asked here, so that the masks do not warn, too
+            now, end = masks.step_after(0), masks.step_after(batches)
+            if text := prunes_nothing(masks.schedule, now, end):
+                raise ValueError(text)
+            self._warn(ends_early(masks.schedule, now, end))
 
-    def _warn(self, schedule, end):
-        if not self._warned:
-            warnings.warn(
-                f"Training ends at step {end}, before the schedule does, which reaches its highest "
-                f"sparsity at step {schedule.reached_at}: {schedule!r}. Call fit again to go on, or "
-                "let the schedule end earlier.",
-                stacklevel=2,
-            )
-        self._warned = True
+    def _warn(self, text: str):
+        if text and not self._warned:
+            self._warned = True
+            warnings.warn(text, stacklevel=2)
 
 
 def _sparsities(model) -> dict[str, float]:
@@ -140,18 +128,6 @@ def _pruned(model) -> list[Masks]:
     constraints = [v.constraint for v in model.trainable_weights]
     masks = [c.masks for c in constraints if isinstance(c, MaskConstraint)]
     return list({id(m): m for m in masks if isinstance(m, Masks)}.values())
-
-
-def _next_rise(schedule, now: int) -> int | None:
-    """The first update after the step `now` that prunes more than is pruned then, if there is one."""
-    latest = schedule.latest_update(now)
-    level = schedule.sparsity_at(latest) if latest >= 0 else 0.0
-    updates = np.arange(schedule.begin_step, schedule.reached_at + 1, schedule.frequency)
-    updates = updates[updates > now]
-    if not updates.size:
-        return None
-    rising = np.asarray(schedule.sparsity_at(updates)) > level
-    return int(updates[rising.argmax()]) if rising.any() else None
 
 
 def _hide_layers(bar: keras.callbacks.ProgbarLogger):

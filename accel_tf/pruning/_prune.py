@@ -15,6 +15,7 @@ from accel_tf.pruning._forms import form_of
 from accel_tf.pruning._patterns import NM, Channels, Pattern, Unstructured
 from accel_tf.pruning._schedules import Schedule, require_integer
 from accel_tf.pruning._selection import Weight, weights_of
+from accel_tf.pruning._start import TrainingStart
 from accel_tf.report import Entry, Report, attach
 
 _BY_SHAPE = ("erdos_renyi", "erdos_renyi_kernel")
@@ -42,9 +43,24 @@ def prune(
 
     Steps count from this call, under any optimizer: compile the model anew, and the schedule goes on.
     Call `prune` again to replace the schedule of the weights it selects; the others keep theirs, and
-    `strip_pruning` ends it. Call `prune` again after loading a model or weights, not before, with
-    `initial_step`: a file holds the zeros, not the schedule. A `tf.function` of your own that
-    contains the training step has to be made after the call, as it records the constraints it finds.
+    `strip_pruning` ends it. A `tf.function` of your own that contains the training step has to be
+    made after the call, as it records the constraints it finds.
+
+    `fit` warns when it starts if it is too short: if it ends before the schedule does. It knows
+    nothing of its argument `initial_epoch` and of generators' length, and looks again only after
+    `compile`; `SparsityLog` looks at each `fit`.
+
+    Call `prune` again after loading a model or weights, not before, with `initial_step`: a file
+    holds the zeros, not the schedule. A loaded model that is trained without this call loses its
+    zeros, and nothing can warn of it; `accel_tf.sparsity(model).total` shows how many there are.
+    Dense weights that are loaded into a pruned model are pruned by their magnitude in the first
+    step, with a warning if `fit` has not yet run since `compile`; after that, the old mask is
+    applied to them.
+
+    On several workers, `fit` of Keras 3 fails (keras issue 20585). A custom training loop works, with
+    the same weights on all workers: build the model and call `prune(model, …, optimizer=optimizer)`
+    in the strategy's scope, then `optimizer.apply` in `strategy.run`; see `accel_tf.distribute`.
+
     Callbacks that bring back earlier weights (`EarlyStopping(restore_best_weights=True)`) bring back
     their sparsity, too: let them start after the schedule's end, with `start_from_epoch`.
 
@@ -122,8 +138,9 @@ def prune(
 
     step = StepCounter(model, optimizer, initial_step)
     scores = criterion.bind(model, chosen, step)
+    training_start = TrainingStart(model, "prune", optimizer)
     for group, rise in zip(groups, levels, strict=True):
-        masks = Masks(group, schedule, pattern, step, forms, scores, rise)
+        masks = Masks(group, schedule, pattern, step, forms, scores, rise, training_start)
         masks.start(initial_step)
         if not scores.ready and not all(map(masks.holds, group)):
             raise ValueError(

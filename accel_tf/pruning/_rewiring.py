@@ -13,6 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 from accel_tf.pruning._constraint import MaskConstraint, Scores, local_variable
+from accel_tf.pruning._start import SHARE
 
 # An active element is never exactly zero: the zeros of a weight are its mask, also in a file. Small
 # enough to vanish in any sum, yet a normal number in float32 and bfloat16.
@@ -30,18 +31,46 @@ class RewiredMask:
         optimizer: A function that returns the optimizer that trains the variable, or `None`.
         index: A number of its own among the model's weights, so that they draw different places.
         initial_step: The step at which training starts or goes on: its rewiring is done.
+        training_start: The `TrainingStart` of the call of `train_sparse`.
     """
 
     unfinished = ""  # unlike pruning: the sparsity is the final one from the start
     scores = Scores()  # of no use here: `method` decides
 
-    def __init__(self, variable, kept: int, method, step, optimizer, index=0, initial_step=0):
+    def __init__(
+        self, variable, kept: int, method, step, optimizer, index, initial_step, training_start
+    ):
         self.kept, self.method, self._index = kept, method, index
         self._variable, self._step, self._optimizer = variable, step, optimizer
         self._mask = local_variable(self._mask_of_weights(), "rewired_mask", variable)
         latest = tf.constant(method.latest_update(initial_step), tf.int64)
         self._latest = local_variable(latest, "latest_update", variable)
         self.masks = {id(variable): self._mask}
+        self._training_start = training_start
+        training_start.members.append(self)
+
+    def shortfall(self, batches: int) -> str:
+        """Returns what to say if a training of so many batches never rewires; else ""."""
+        now, end = int(self._step.after(0)), int(self._step.after(batches))
+        latest, method = self.method.latest_update(now), self.method
+        due = latest + method.frequency
+        if not (self._holds() and self._variable.trainable) or end >= due or due > method.end_step:
+            return ""
+        name, last = type(method).__name__, max(1, round((end - now) * SHARE))
+        return (
+            f"This training rewires nothing: it goes from step {now} to step {end}, and the next "
+            f"rewiring is at step {due} of {method!r}. The masks stay as they are. Train for more "
+            f"steps, or call train_sparse with a lower frequency: train_sparse(model, "
+            f"{name}({method.sparsity}, end_step={now + last}, frequency={max(1, last // 10)}))."
+        )
+
+    def replaced(self) -> list[str]:
+        """Returns the path of the weight if more of its elements are not zero than are active."""
+        active = np.count_nonzero(keras.ops.convert_to_numpy(self._variable))
+        return [self._variable.path] if self._holds() and active > self.kept else []
+
+    def _holds(self) -> bool:
+        return getattr(self._variable.constraint, "masks", None) is self
 
     def remove(self, variable) -> None:
         """Leaves the weight to another verb: nothing to do, as it shares its mask with none."""
@@ -59,6 +88,7 @@ class RewiredMask:
         tf.cond(moves, lambda: self._rewire(due, slots), lambda: None)
         for slot, initial in slots:
             _reset(slot, self._mask, initial)
+        self._training_start()
 
     def _follow_weights(self, step):
         """Takes over a mask that was restored with the weights, before the step that is traced.

@@ -6,7 +6,7 @@
     the product     sparse_matmul                              _matrix.py, _op.py, custom_ops/
     powers, graphs  matrix_power, propagate, a @ b             _power.py, custom_ops/
     its memory      tiles, chunks, slices                      _layout.py
-    the layers      SparseDense, SparseConv2D                  _layers.py, _conv.py, _base.py
+    the layers      SparseDense, SparseConv1D, SparseConv2D    _layers.py, _conv.py, _base.py
                     SparseEinsumDense, SparseMultiHeadAttention   _attention.py
     a whole model   sparsify                                   _sparsify.py
     the choice      costs, tune, Costs                         _choice.py, _tune.py
@@ -18,7 +18,7 @@ Loading a `.keras` file or a SavedModel that holds sparse layers needs `import a
 from ._attention import SparseEinsumDense, SparseMultiHeadAttention
 from ._base import SparseLayer
 from ._choice import Costs, costs
-from ._conv import SparseConv2D
+from ._conv import SparseConv1D, SparseConv2D
 from ._layers import SparseDense
 from ._matrix import SparseMatrix, sparse_matmul
 from ._op import OpVersionError, available_isas, isa
@@ -29,6 +29,7 @@ from ._tune import tune
 __all__ = [
     "Costs",
     "OpVersionError",
+    "SparseConv1D",
     "SparseConv2D",
     "SparseDense",
     "SparseEinsumDense",

@@ -15,11 +15,12 @@ from ._attention import (
     contraction,
     einsum_matrix,
 )
-from ._conv import SparseConv2D
+from ._conv import SparseConv1D, SparseConv2D
 from ._layers import SparseDense
 from ._layout import HEIGHTS
 from ._matrix import SparseMatrix
 
+_CONVOLUTIONS = {keras.layers.Conv1D: SparseConv1D, keras.layers.Conv2D: SparseConv2D}
 # What an axis of unknown length, such as that of a text, is taken for.
 _UNKNOWN = 32
 
@@ -35,9 +36,9 @@ def sparsify(
 ) -> keras.Model:
     """Returns a copy of a pruned model whose sparse layers run on the compiled op.
 
-    `Dense`, `Conv2D`, `EinsumDense` and `MultiHeadAttention` layers with enough zeros in their kernels
-    become `SparseDense`, `SparseConv2D`, `SparseEinsumDense` and `SparseMultiHeadAttention`; all
-    other layers are copied. Layers keep their names, weights, activations and regularizers; nested
+    `Dense`, `Conv1D`, `Conv2D`, `EinsumDense` and `MultiHeadAttention` layers with enough zeros in
+    their kernels become `SparseDense`, `SparseConv1D`, `SparseConv2D`, `SparseEinsumDense` and
+    `SparseMultiHeadAttention`; all other layers are copied. Layers keep their names, weights, activations and regularizers; nested
     models are descended into, and a shared layer stays shared. A custom layer of pruned layers becomes
     a nested model of these if its `call` is made of layers, weights and `keras.ops`. The new model
     computes the same function, up to the rounding of sums. It is not compiled, and its pattern is
@@ -179,7 +180,7 @@ class _Sparsifier:
         elif zeros < self.min_sparsity:
             return _choice.Choice("dense", 1)
         dense, extra = None, 0.0
-        if isinstance(layer, keras.layers.Conv2D) and layer.kernel_size != (1, 1):
+        if type(layer) in _CONVOLUTIONS and math.prod(layer.kernel_size) > 1:
             costs = _choice.costs()
             dense = costs.convolve(batch, layer.kernel.shape)
             extra = costs.unroll(batch, matrix.shape[0])
@@ -189,15 +190,15 @@ class _Sparsifier:
 def _obstacle(layer) -> str | None:
     """Why `layer` has no sparse form; None if it has one."""
     kind = type(layer)
-    if kind not in (keras.layers.Dense, keras.layers.Conv2D, keras.layers.EinsumDense):
+    if kind not in (keras.layers.Dense, keras.layers.EinsumDense, *_CONVOLUTIONS):
         return f"{kind.__name__} has no sparse form"
     if getattr(layer, "quantization_mode", None):
         return f"its kernel is quantized ({layer.quantization_mode})"
     if getattr(layer, "lora_enabled", False):
         return "it carries a LoRA update; merge it into the kernel first"
-    if kind is keras.layers.Conv2D and (layer.groups != 1 or layer.data_format != "channels_last"):
+    if kind in _CONVOLUTIONS and (layer.groups != 1 or layer.data_format != "channels_last"):
         return (
-            f"Conv2D with groups={layer.groups}, data_format={layer.data_format!r}; only 1, "
+            f"{kind.__name__} with groups={layer.groups}, data_format={layer.data_format!r}; only 1, "
             "'channels_last' has a sparse form"
         )
     if kind is keras.layers.EinsumDense:
@@ -254,7 +255,7 @@ def _sparse(layer, matrix):
     if isinstance(layer, keras.layers.EinsumDense):
         shape = layer.partial_output_shape
         return SparseEinsumDense.from_matrix(matrix, layer.equation, shape, **common)
-    return SparseConv2D.from_matrix(
+    return _CONVOLUTIONS[type(layer)].from_matrix(
         matrix,
         layer.kernel_size,
         strides=layer.strides,

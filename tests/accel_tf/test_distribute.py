@@ -1,8 +1,13 @@
 """accel_tf.distribute: which devices, and that replicas train to the weights of one device."""
 
+import contextlib
+import json
 import os
+import runpy
+import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -201,6 +206,55 @@ def test_batch_normalization_needs_synchronized(strategy, digits):
         local, synchronized = make(False), make(True)
     assert largest_difference(one, train(local)) > 1e-3
     assert largest_difference(one, train(synchronized)) < 1e-5
+
+
+def start_worker(script, folder, ports, index):
+    workers = {"worker": [f"127.0.0.1:{port}" for port in ports]}
+    config = json.dumps({"cluster": workers, "task": {"type": "worker", "index": index}})
+    env = {**os.environ, "TF_CONFIG": config}
+    return subprocess.Popen([sys.executable, script, folder], env=env, stderr=subprocess.PIPE)
+
+
+def free_ports(count):
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for s in sockets:
+            s.bind(("127.0.0.1", 0))
+        return [s.getsockname()[1] for s in sockets]
+
+
+def test_two_workers_prune_alike_in_a_custom_loop(tmp_path, monkeypatch):
+    """Two processes over gRPC, where `fit` of Keras 3 fails; and this one, on whole batches."""
+    script = str(Path(__file__).with_name("multi_worker_pruning.py"))
+    ports = free_ports(2)
+    processes = [start_worker(script, tmp_path, ports, index) for index in range(2)]
+    try:
+        monkeypatch.setattr(sys, "argv", [script, str(tmp_path)])
+        runpy.run_path(script)
+        for process in processes:
+            _, errors = process.communicate(timeout=300)
+            assert process.returncode == 0, errors.decode()
+    finally:
+        for process in processes:
+            process.kill()
+    first, second, alone = (dict(np.load(tmp_path / f"{n}.npz")) for n in ("0", "1", "alone"))
+    for name, weight in first.items():
+        np.testing.assert_array_equal(weight, second[name])
+        np.testing.assert_allclose(weight, alone[name], atol=1e-5)
+    kernels = np.concatenate([w.ravel() for w in first.values() if w.ndim == 2])
+    assert np.mean(kernels == 0) == 0.75
+
+
+def test_moving_statistics_are_those_of_each_replica(strategy):
+    with strategy.scope():
+        normalization = keras.layers.BatchNormalization(momentum=0.0)
+        model = keras.Sequential([keras.Input((1,)), normalization])
+        model.compile("sgd", "mse")
+    x = np.array([[0.0], [0.0], [10.0], [10.0]])
+    model.fit(x, np.zeros((4, 1)), batch_size=4, shuffle=False, verbose=0)
+    means = strategy.experimental_local_results(normalization.moving_mean.value)
+    assert [float(mean[0]) for mean in means] == [0.0, 10.0]
+    assert model.get_weights()[2] == [0.0]  # what a file holds
 
 
 # even_batches by itself -----------------------------------------------------------------------

@@ -232,6 +232,7 @@ def test_steps_count_from_the_call(compile_again):
         assert_sparse(model, SCHEDULE, t)
 
 
+@pytest.mark.filterwarnings("ignore:Training ends at step")
 def test_resume_from_a_checkpoint(tmp_path):
     schedule = at.PolynomialDecay(0.9, end_step=20, frequency=5)
     model = cnn()

@@ -125,6 +125,7 @@ def test_taylor_is_weight_times_gradient(batch_size):
     np.testing.assert_array_equal(model.weights[0].numpy() != 0, largest(np.abs(w * gradient), 18))
 
 
+@pytest.mark.filterwarnings("ignore:Training ends at step")
 def test_a_gradual_schedule_prunes_in_taylors_order():
     model = network()
     scores = [np.abs(v.numpy() * g) for v, g in zip(kernels(model), gradients(model), strict=True)]
@@ -242,6 +243,8 @@ CRITERIA = {
 @pytest.mark.parametrize(
     "options", [{}, {"jit_compile": True}, {"steps_per_execution": 2}], ids=str
 )
+@pytest.mark.filterwarnings("ignore:Training ends at step")
+@pytest.mark.filterwarnings("ignore:This training prunes nothing")
 def test_training_goes_on_with_the_restored_masks(name, options):
     """Weights that come back when `fit` begins bring their masks: zeros must not move before."""
     schedule = at.PolynomialDecay(0.8, end_step=12, frequency=4)

@@ -146,6 +146,10 @@ KINDS = {
     "dense 4x1": ((24,), lambda **k: at.SparseDense(20, sparsity=0.7, format="4x1", **k)),
     "conv 3×3": ((8, 8, 5), lambda **k: at.SparseConv2D(12, 3, sparsity=0.7, padding="same", **k)),
     "conv 1×1": ((8, 8, 12), lambda **k: at.SparseConv2D(8, 1, sparsity=0.7, strides=2, **k)),
+    "conv 1D": (
+        (9, 5),
+        lambda **k: at.SparseConv1D(12, 3, sparsity=0.7, padding="causal", dilation_rate=2, **k),
+    ),
     "einsum": (
         (6, 16),
         lambda **k: at.SparseEinsumDense(

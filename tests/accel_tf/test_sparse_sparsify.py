@@ -286,3 +286,31 @@ def test_normalizations_behind_sparse_layers_are_fused():
         *("SparseConv2D", "BatchNormalization", "ReLU"),
     ]
     np.testing.assert_allclose(kept(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_convolutions_over_time_become_sparse(tmp_path):
+    L = keras.layers
+    inputs = keras.Input((None, 8))
+    x = L.Conv1D(16, 5, padding="causal", dilation_rate=2, name="causal")(inputs)
+    x = L.BatchNormalization(name="bn")(x)
+    x = L.Conv1D(16, 3, strides=2, padding="same", activation="gelu", name="strided")(x)
+    x = L.Conv1D(16, 1, use_bias=False, name="pointwise")(x)
+    x = L.Conv1D(16, 3, groups=2, name="grouped")(x)
+    model = zero_out(keras.Model(inputs, L.GlobalAveragePooling1D()(x)))
+    fast = at.sparsify(model, min_sparsity=0.8)
+    assert [e.layer for e in at.report_of(fast).done] == ["causal", "strided", "pointwise"]
+    note = at.report_of(fast).done[0].note
+    assert note.startswith("Conv1D (5, 8, 16), ") and "→ SparseConv1D, " in note
+    notes = {e.layer: e.note for e in at.report_of(fast).skipped}
+    assert notes["grouped"].startswith("Conv1D with groups=2, data_format='channels_last'; only 1")
+    x = np.random.default_rng(0).normal(size=(4, 21, 8)).astype("float32")
+    np.testing.assert_allclose(fast(x), model(x), rtol=1e-4, atol=1e-4)
+    fast.save(tmp_path / "fast.keras")
+    loaded = keras.models.load_model(tmp_path / "fast.keras")
+    np.testing.assert_array_equal(loaded(x), fast(x))
+    assert at.sparsity(fast).total == pytest.approx(at.sparsity(model).total, abs=0.05)
+    # By prediction, only where it is faster: a wide one is, a narrow one is not.
+    assert not at.report_of(at.sparsify(model)).done
+    wide = keras.Sequential([keras.Input((64, 512)), L.Conv1D(512, 3, name="wide")])
+    zero_out(wide)
+    assert type(at.sparsify(wide).get_layer("wide")) is at.SparseConv1D

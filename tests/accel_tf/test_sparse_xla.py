@@ -194,6 +194,7 @@ def test_layers_train_as_without_xla():
         x = inputs = keras.Input((8, 8, 4))
         x = at.SparseConv2D(32, 3, sparsity=0.7, activation="relu", seed=0)(x)
         x = keras.layers.Reshape((36, 32))(x)
+        x = at.SparseConv1D(32, 3, sparsity=0.7, padding="causal", strides=2, seed=2)(x)
         x = at.SparseMultiHeadAttention(2, 8, sparsity=0.6)(x, x)
         x = keras.layers.GlobalAveragePooling1D()(x)
         x = at.SparseDense(12, sparsity=0.5, activation="softmax", seed=1, format="4x1")(x)
