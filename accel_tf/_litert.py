@@ -108,8 +108,8 @@ class LiteRTRunner:
             yield
         except (ValueError, RuntimeError) as error:
             raise ValueError(
-                f"LiteRT cannot run {self.path}: {str(error).strip()}. If the file comes from "
-                "elsewhere, write it again with accel_tf.export.litert."
+                f"LiteRT cannot run {self.path}: {str(error).strip().rstrip('.')}. Check the values "
+                "of the inputs; write a damaged file again with accel_tf.export.litert."
             ) from error
 
     def _require_batches(self):

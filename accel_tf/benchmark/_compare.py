@@ -159,11 +159,13 @@ def _score(name, model, x, y, metric) -> float:
 
 
 def _accuracy(name, y, outputs) -> float:
-    if not isinstance(outputs, np.ndarray):
+    leaves = keras.tree.flatten(outputs)
+    if len(leaves) != 1:
         raise ValueError(
             f"Model {name!r} has several outputs, for which accuracy is not defined. Pass "
             "metric=a function (y, outputs) -> float."
         )
+    outputs = leaves[0]
     if outputs.ndim > 1 and outputs.shape[-1] > 1:
         predicted = outputs.argmax(-1)
         actual = y.argmax(-1) if y.shape == outputs.shape else y

@@ -144,6 +144,7 @@ def _rename(graph, model):
                 for i, old in enumerate(names):
                     if old == info.name:
                         names[i] = name
+        taken.add(name)
         info.name = name
         first = info.type.tensor_type.shape.dim[:1]
         if first and first[0].dim_param:
