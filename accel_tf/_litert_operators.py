@@ -190,22 +190,26 @@ def check_code(code, where) -> None:
 
 def check_calls(model) -> None:
     """Raises a `ValueError` if an operator calls a subgraph that is absent, unfit, or its caller."""
-    calls = {}
-    for i, graph in enumerate(model.subgraphs):
-        calls[i] = set()
-        for j, op in enumerate(graph.operators or ()):
-            where = f"operator {j} of subgraph {i} ({operator_name(model, op)})"
-            called = _called(op)
-            count = len(model.subgraphs)
-            for index in called:
-                require(0 <= index < count, f"{where} calls subgraph {index}, of {count} subgraphs")
-            _check_fit(model, graph, op, where)
-            calls[i] |= set(called)
-    done = set()
-    while len(done) < len(calls):
+    calls, count = {}, len(model.subgraphs)
+    for i, where, op in _operators(model):
+        called = _called(op)
+        for index in called:
+            require(0 <= index < count, f"{where} calls subgraph {index}, of {count} subgraphs")
+        calls.setdefault(i, set()).update(called)
+    done = set(range(count)) - set(calls)
+    while len(done) < count:
         ready = [i for i in calls if i not in done and calls[i] <= done]
         require(ready, "a subgraph calls itself")
         done.update(ready)
+    for i, where, op in _operators(model):
+        _check_fit(model, model.subgraphs[i], op, where)
+
+
+def _operators(model):
+    """Yields each operator with the index of its subgraph and a text that says where it is."""
+    for i, graph in enumerate(model.subgraphs):
+        for j, op in enumerate(graph.operators or ()):
+            yield i, f"operator {j} of subgraph {i} ({operator_name(model, op)})", op
 
 
 def _called(op) -> list[int]:
