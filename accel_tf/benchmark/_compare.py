@@ -69,10 +69,10 @@ def compare(
     """Measures models side by side: quality, parameters, FLOPs, size, latency.
 
     Args:
-        models: Names and built Keras models, or paths of `.tflite` files (run by LiteRT; integer
-            inputs are quantized and outputs dequantized by the file's own scales). The first is
+        models: Names and built Keras models, or paths of `.tflite` files (run by LiteRT; inputs
+            are quantized and outputs dequantized by the file's own scales). The first is
             the baseline of the last column.
-        x: The samples: an array, or a list or dictionary of arrays for models of several inputs.
+        x: The samples, as values, integers too: an array, or a list or dictionary of arrays for models of several inputs.
         y: The labels: integers of shape `(n,)` or `(n, 1)`, or one-hot of the shape of the outputs.
             `None` leaves the metric out.
         metric: `"accuracy"`, which takes the arg-max of the last axis, or the side of 0.5 for a

@@ -58,7 +58,8 @@ def onnx(
         opset: The version of ONNX's operators, 17 or 18.
 
     Returns:
-        The path. The file's inputs and outputs are named after the model's.
+        The path. The file's inputs and outputs are named after the model's, a dictionary's after its
+        keys. A name that is taken in the file gets an underscore at its end.
 
     Raises:
         ValueError: The model is subclassed, has seen no data, has 16-bit activations, or an operator
