@@ -4,7 +4,6 @@ import contextlib
 import io
 import os
 import pathlib
-import re
 import sys
 import tempfile
 import warnings
@@ -14,11 +13,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from accel_tf._litert_file import read_litert
+from accel_tf._litert_file import has_output_keys, read_litert
 from accel_tf._litert_schema import litert_module
-
-# How converters name outputs that have no names of their own.
-_NUMBERED = re.compile(r"output_\d+")
 
 
 def run_litert(path: str | os.PathLike, inputs, *, threads: int = 1):
@@ -37,7 +33,8 @@ def run_litert(path: str | os.PathLike, inputs, *, threads: int = 1):
 
     Returns:
         A float32 array of shape (n, …), or a list of them if the model has several outputs. If the
-        model returns a dictionary, the result is a dictionary with the same keys.
+        model returns a dictionary and accel_tf wrote the file, the result is a dictionary with the
+        same keys.
 
     Raises:
         ValueError: The file is no LiteRT model or damaged, LiteRT cannot run it, or the number, the
@@ -82,7 +79,9 @@ class LiteRTRunner:
 
     def __init__(self, path: str | os.PathLike, *, threads: int = 1):
         self.path = pathlib.Path(path)
-        content = self._content(self.path.read_bytes())
+        content = self.path.read_bytes()
+        self._has_keys = has_output_keys(read_litert(content, self.path))
+        content = self._content(content)
         with quiet(), self._naming_the_file():
             self._interpreter = litert_module("interpreter").Interpreter(
                 model_content=content, num_threads=threads, **self._options()
@@ -94,8 +93,7 @@ class LiteRTRunner:
         self._shapes = None
 
     def _content(self, content) -> bytes:
-        """Returns what is run of a file with a content, once that is checked."""
-        read_litert(content, self.path)
+        """Returns what is run of a file with a content that is sound."""
         return content
 
     def _options(self) -> dict:
@@ -132,9 +130,9 @@ class LiteRTRunner:
             for integers in self.prepare(inputs, raw=raw)()
         ]
         outputs = [p[0] if len(p) == 1 else np.concatenate(p) for p in zip(*parts, strict=True)]
-        names = [detail["key"] for detail in self.outputs]
-        if not all(map(_NUMBERED.fullmatch, names)):
-            return dict(zip(names, outputs, strict=True))
+        if self._has_keys:
+            keys = [detail["key"] for detail in self.outputs]
+            return dict(zip(keys, outputs, strict=True))
         return outputs[0] if len(outputs) == 1 else outputs
 
     def prepare(self, inputs, *, raw: bool = False) -> Callable[[], list]:
@@ -239,8 +237,6 @@ class LiteRTRunner:
             details = getattr(signature, f"get_{kind}_details")()
             return [{**details[key], "key": key} for key in sorted(details, key=natural)]
         details = getattr(self._interpreter, f"get_{kind}_details")()
-        if kind == "output":
-            return [{**detail, "key": f"output_{i}"} for i, detail in enumerate(details)]
         return [{**detail, "key": detail["name"]} for detail in details]
 
 

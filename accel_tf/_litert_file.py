@@ -4,13 +4,18 @@ LiteRT's interpreter trusts a file: a tensor index that is out of range, or a st
 process. `read_litert` is the only way in which this library opens a file.
 """
 
+import re
 import struct
 
+import flatbuffers
 import numpy as np
 
 from accel_tf import _litert_operators as operators
 from accel_tf._litert_schema import has_data, require, schema, type_name
 
+# Names of outputs tell no dictionary from a list, since other converters name each output. So a file
+# that keeps the keys of a dictionary says so in its metadata.
+_KEYS = b"accel_tf.output_keys"
 # LiteRT's kernels count elements in 32 bits.
 _MAX_ELEMENTS = 2**31 - 1
 _BITS = {
@@ -54,6 +59,36 @@ def read_litert(content: bytes, path):
             "accel_tf.export.litert, or copy it again from where it came."
         ) from error
     return model
+
+
+def pack(model) -> bytes:
+    """Returns the content of the file that some tables describe."""
+    builder = flatbuffers.Builder(1024)
+    builder.Finish(model.Pack(builder), b"TFL3")
+    return bytes(builder.Output())
+
+
+def with_output_keys(content: bytes) -> bytes:
+    """Returns a file that says that its outputs are a dictionary, if they have names of their own.
+
+    Args:
+        content: A file of a Keras model, whose converter numbers all other outputs.
+    """
+    model = read_litert(content, "The converted model")
+    names = [e.name.decode() for s in model.signatureDefs or () for e in s.outputs or ()]
+    if all(re.fullmatch(r"output_\d+", name) for name in names):
+        return content
+    entry, buffer = schema().MetadataT(), schema().BufferT()
+    entry.name, entry.buffer = _KEYS, len(model.buffers)
+    buffer.data = np.ones(1, np.uint8)
+    model.buffers.append(buffer)
+    model.metadata = [*(model.metadata or ()), entry]
+    return pack(model)
+
+
+def has_output_keys(model) -> bool:
+    """Whether the outputs of a file are a dictionary, by the names of its signature."""
+    return any(entry.name == _KEYS for entry in model.metadata or ()) and bool(model.signatureDefs)
 
 
 def _unpack(content):

@@ -13,7 +13,7 @@ import tensorflow as tf
 from accel_tf import layers as graphs
 from accel_tf import report
 from accel_tf._litert import quiet
-from accel_tf._litert_file import read_litert
+from accel_tf._litert_file import read_litert, with_output_keys
 from accel_tf._litert_schema import litert_module, operator_name
 from accel_tf.export import _weights
 from accel_tf.export._graph import frozen_graph, has_graph, named_outputs, plain, scope, unrolled
@@ -90,6 +90,7 @@ def litert(
     content = plan.convert(batch_size)
     if plan.weights_only:
         content = _weights.shrink(content, plan.weights_only, allow_float)
+    content = with_output_keys(content)
     found = inspect(content, path, plan.known)
     _require_sums(content, plan.known)
     if plan.quantized and not allow_float:

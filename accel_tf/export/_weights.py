@@ -6,11 +6,10 @@ grid of its own.
 
 import copy
 
-import flatbuffers
 import numpy as np
 
 from accel_tf import report
-from accel_tf._litert_file import read_litert
+from accel_tf._litert_file import pack, read_litert
 from accel_tf._litert_schema import operator_name, schema, type_name
 from accel_tf.export import _grid
 from accel_tf.export._graph import nearest
@@ -290,9 +289,7 @@ class _File:
         for index, buffer in enumerate(self.model.buffers):
             if index not in read:
                 buffer.data = None
-        builder = flatbuffers.Builder(1024)
-        builder.Finish(self.model.Pack(builder), b"TFL3")
-        return bytes(builder.Output())
+        return pack(self.model)
 
 
 def _used(graph) -> set[int]:

@@ -136,3 +136,16 @@ def test_twelve_outputs_stay_a_list_in_their_order(tmp_path):
     at.export.litert(model, tmp_path / "m.tflite")
     found = run_litert(tmp_path / "m.tflite", np.ones((2, 3)))
     assert [values.shape[1] for values in found] == list(range(1, 13))
+
+
+def test_named_outputs_of_other_converters_are_no_dictionary(tmp_path):
+    class Named(tf.Module):
+        @tf.function(input_signature=[tf.TensorSpec((None, 3), name="x")])
+        def run(self, x):
+            return {"dense_1": 2 * x}
+
+    module = Named()
+    functions = [module.run.get_concrete_function()]
+    path = tmp_path / "m.tflite"
+    path.write_bytes(tf.lite.TFLiteConverter.from_concrete_functions(functions, module).convert())
+    np.testing.assert_array_equal(run_litert(path, np.ones((2, 3))), np.full((2, 3), 2))

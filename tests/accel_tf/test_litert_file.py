@@ -1,14 +1,13 @@
 """Damaged LiteRT files: refused by name, before LiteRT's interpreter, which would crash, sees them."""
 
 import damaged_files
-import flatbuffers
 import keras
 import numpy as np
 import pytest
 from ai_edge_litert import schema_py_generated as schema
 
 import accel_tf as at
-from accel_tf._litert_file import read_litert
+from accel_tf._litert_file import pack, read_litert
 
 # One process makes the files for all of these tests.
 pytestmark = pytest.mark.xdist_group("damaged files")
@@ -24,12 +23,6 @@ def folder(tmp_path_factory):
 def unpacked(folder, kind):
     content = bytearray((folder / f"{kind}.tflite").read_bytes())
     return schema.ModelT.InitFromObj(schema.Model.GetRootAs(content, 0))
-
-
-def packed(model) -> bytes:
-    builder = flatbuffers.Builder(1024)
-    builder.Finish(model.Pack(builder), b"TFL3")
-    return bytes(builder.Output())
 
 
 def operator(model, name, graph=0):
@@ -147,10 +140,10 @@ FAULTS = {
 def test_each_fault_is_named_with_its_place(fault, folder):
     kind, change, message = FAULTS[fault]
     model = unpacked(folder, kind)
-    assert read_litert(packed(model), "whole.tflite")
+    assert read_litert(pack(model), "whole.tflite")
     change(model)
     with pytest.raises(ValueError, match=f"^part/m.tflite is a damaged LiteRT file: .*{message}"):
-        read_litert(packed(model), "part/m.tflite")
+        read_litert(pack(model), "part/m.tflite")
 
 
 @pytest.mark.parametrize("kind", damaged_files.KINDS)
@@ -164,7 +157,7 @@ def test_a_file_that_is_cut_off_anywhere_is_refused(kind, folder):
 
 def test_a_small_file_cannot_describe_endless_work(folder):
     model = unpacked(folder, "float")
-    content = bytearray(packed(model))
+    content = bytearray(pack(model))
     root = schema.Model.GetRootAs(content, 0)
     vector = root._tab.Vector(root._tab.Offset(8)) - 4
     content[vector : vector + 4] = (2**31).to_bytes(4, "little")
@@ -182,7 +175,7 @@ def test_sparse_weights_are_checked_too(tmp_path):
     level = next(d for d in tensor.sparsity.dimMetadata if d.format == 1)
     level.arrayIndices.values[0] = 255
     with pytest.raises(ValueError, match=r"an index of tensor \d+ of subgraph 0 is out of range"):
-        read_litert(packed(file), "m.tflite")
+        read_litert(pack(file), "m.tflite")
 
 
 def dense_with_blocks(rng):
