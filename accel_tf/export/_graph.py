@@ -144,8 +144,8 @@ def output_keys(model) -> list[str] | None:
     structure = model.output if isinstance(model, Functional) else None
     if not isinstance(structure, dict) or any(map(keras.tree.is_nested, structure.values())):
         return None
-    keys = {id(tensor): str(key) for key, tensor in structure.items()}
-    return [keys[id(tensor)] for tensor in model.outputs] if len(keys) == len(structure) else None
+    places = keras.tree.pack_sequence_as(structure, range(len(structure)))
+    return [str(key) for key in sorted(places, key=places.get)]
 
 
 def output_names(model) -> list[str]:

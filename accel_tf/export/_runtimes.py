@@ -45,7 +45,7 @@ class LiteRT:
         outputs = self._runner(self._by_name(model, arrays))
         if isinstance(outputs, dict):
             keys = output_keys(model) or []
-            keys = keys if set(keys) == set(outputs) else sorted(outputs, key=natural)
+            keys = keys if set(keys) == set(outputs) else sorted(outputs)  # As keras.tree does.
             return [outputs[key] for key in keys]
         return outputs if isinstance(outputs, list) else [outputs]
 
@@ -159,7 +159,9 @@ class SavedModel:
             results = self._run(**self._by_name(model, part))
             known = output_names(model) if has_graph(model) else []
             known = [name for name in known if name in results]
-            names = known if len(known) == len(results) else sorted(results, key=natural)
+            numbered = all(name.startswith("output_") for name in results)
+            others = sorted(results, key=natural if numbered else None)
+            names = known if len(known) == len(results) else others
             return [results[name].numpy() for name in names]
 
         return _in_batches(run, arrays, self.batch_size)

@@ -112,14 +112,15 @@ def test_dictionaries_of_one_and_of_subclassed_models(tmp_path):
             self.first, self.second = L.Dense(3), L.Dense(2)
 
         def call(self, x):
-            return {"z": self.first(x), "a": self.second(x)}
+            return {"z1": self.first(x), "a2": self.second(x)}
 
     x = np.random.default_rng(0).normal(size=(4, 6)).astype("float32")
     model = Heads()
     model(x)
     at.export.litert(model, tmp_path / "m.tflite")
     found = run_litert(tmp_path / "m.tflite", x)
-    assert {key: values.shape for key, values in found.items()} == {"z": (4, 3), "a": (4, 2)}
+    assert {key: values.shape for key, values in found.items()} == {"z1": (4, 3), "a2": (4, 2)}
+    assert verify(model, tmp_path / "m.tflite", x).sqnr > 100
     image = keras.Input((6,))
     one = keras.Model(image, {"logits": L.Dense(3)(image)})
     at.export.litert(one, tmp_path / "one.tflite")
@@ -128,6 +129,16 @@ def test_dictionaries_of_one_and_of_subclassed_models(tmp_path):
     models = {"model": one, "file": tmp_path / "one.tflite"}
     table = at.compare(models, x, y, verbose=0, rounds=2)
     assert table["file"].score == table["model"].score == 1.0
+
+
+def test_one_tensor_under_two_keys(tmp_path):
+    x = keras.Input((3,))
+    y = L.Dense(2)(x)
+    model = keras.Model(x, {"twice": y, "once": y})
+    at.export.litert(model, tmp_path / "m.tflite")
+    found = run_litert(tmp_path / "m.tflite", np.ones((2, 3)))
+    assert set(found) == {"twice", "once"}
+    np.testing.assert_array_equal(found["twice"], found["once"])
 
 
 def test_twelve_outputs_stay_a_list_in_their_order(tmp_path):
