@@ -164,7 +164,7 @@ def _wrong_array(value, rng):
     )
 
 
-def outcomes(folder: pathlib.Path, numbers, seconds=20.0) -> dict[tuple[int, str], str]:
+def outcomes(folder: pathlib.Path, numbers, seconds=60.0) -> dict[tuple[int, str], str]:
     """Returns what each verb made of each damaged file: `"result"`, `"refused"`, or the fault."""
     found, todo = {}, [(i, verb) for i in numbers for verb in VERBS]
     while todo:
