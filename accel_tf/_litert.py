@@ -1,7 +1,6 @@
 """Run LiteRT (`.tflite`) files, through `ai_edge_litert`."""
 
 import contextlib
-import importlib
 import io
 import os
 import pathlib
@@ -14,23 +13,32 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from accel_tf._litert_file import has_output_keys, read_litert
+from accel_tf._litert_schema import litert_module
+
 
 def run_litert(path: str | os.PathLike, inputs, *, threads: int = 1):
-    """Runs a LiteRT file on float inputs: quantizes them, runs the file, returns float outputs.
+    """Runs a LiteRT file on inputs: quantizes them, runs the file, returns float outputs.
 
-    For checking and measuring; an application would keep the integers.
+    This function is for checking and measuring; an application would keep the integers.
 
     Args:
         path: A `.tflite` file.
-        inputs: A float array of shape (n, …), or for several inputs a dict of them by name. A file
-            with a fixed batch size takes an n that is a multiple of it.
+        inputs: An array of shape (n, …), or for several inputs a dict of them by name. A file
+            with a fixed batch size takes an n that is a multiple of it. Floats are quantized where
+            the file reads quantized integers, and so are integers and lists of integers: 200 is the
+            value 200. Only an array of exactly the data type that the file reads, such as int8, is
+            taken as the integers of the file, as they are.
         threads: How many threads to run with.
 
     Returns:
-        A float32 array of shape (n, …), or a list of them if the model has several outputs.
+        A float32 array of shape (n, …), or a list of them if the model has several outputs. If the
+        model returns a dictionary and accel_tf wrote the file, the result is a dictionary with the
+        same keys.
 
     Raises:
-        ValueError: The number or the shape of the inputs does not fit the file.
+        ValueError: The file is no LiteRT model or damaged, LiteRT cannot run it, or the number, the
+            shape or the values of the inputs do not fit it.
         ImportError: ai_edge_litert is not installed.
 
     Example:
@@ -43,7 +51,7 @@ def run_litert(path: str | os.PathLike, inputs, *, threads: int = 1):
     >>> at.export.run_litert(path, np.zeros((3, 8))).shape
     (3, 4)
     """
-    return LiteRTRunner(path, threads=threads)(inputs)
+    return LiteRTRunner(path, threads=threads)(inputs, raw=True)
 
 
 class LiteRTRunner:
@@ -54,7 +62,7 @@ class LiteRTRunner:
         threads: How many threads to run with.
 
     Raises:
-        ValueError: The file is not a LiteRT model.
+        ValueError: The file is not a LiteRT model, it is damaged, or LiteRT cannot run it.
         ImportError: ai_edge_litert is not installed.
 
     Example:
@@ -71,39 +79,70 @@ class LiteRTRunner:
 
     def __init__(self, path: str | os.PathLike, *, threads: int = 1):
         self.path = pathlib.Path(path)
-        content = self._content()
-        require_litert(content, self.path)
-        with quiet():
+        content = self.path.read_bytes()
+        self._has_keys = has_output_keys(read_litert(content, self.path))
+        content = self._content(content)
+        with quiet(), self._naming_the_file():
             self._interpreter = litert_module("interpreter").Interpreter(
                 model_content=content, num_threads=threads, **self._options()
             )
             self._interpreter.allocate_tensors()
             self.inputs = self._details("input")
             self.outputs = self._details("output")
+            self._require_batches()
         self._shapes = None
 
-    def _content(self) -> bytes:
-        return self.path.read_bytes()
+    def _content(self, content) -> bytes:
+        """Returns what is run of a file with a content that is sound."""
+        return content
 
     def _options(self) -> dict:
         return {}
 
-    def __call__(self, inputs):
-        """Returns the float outputs for float inputs, given and returned as in `run_litert`."""
+    @contextlib.contextmanager
+    def _naming_the_file(self):
+        """Raises what LiteRT raises as a `ValueError` that names the file."""
+        try:
+            yield
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"LiteRT cannot run {self.path}: {str(error).strip().rstrip('.')}. Check the values "
+                "of the inputs; write a damaged file again with accel_tf.export.litert."
+            ) from error
+
+    def _require_batches(self):
+        if not self.inputs or not self.outputs:
+            raise ValueError("it needs at least one input and one output")
+        for detail in self.inputs:
+            if not len(detail["shape_signature"]):
+                raise ValueError(f"its input {detail['key']} is a scalar and takes no samples")
+
+    def __call__(self, inputs, *, raw: bool = False):
+        """Returns the float outputs for inputs, returned as in `run_litert`.
+
+        Args:
+            inputs: An array, or a list or dict of them for several inputs.
+            raw: Whether arrays of exactly the data type that the file reads are the integers of the
+                file; otherwise they are values to be quantized, as those of other types always are.
+        """
         parts = [
-            [to_floats(q, detail) for q, detail in zip(raw, self.outputs, strict=True)]
-            for raw in self.prepare(inputs)()
+            [to_floats(q, detail) for q, detail in zip(integers, self.outputs, strict=True)]
+            for integers in self.prepare(inputs, raw=raw)()
         ]
-        outputs = [np.concatenate(part) for part in zip(*parts, strict=True)]
+        outputs = [p[0] if len(p) == 1 else np.concatenate(p) for p in zip(*parts, strict=True)]
+        if self._has_keys:
+            keys = [detail["key"] for detail in self.outputs]
+            return dict(zip(keys, outputs, strict=True))
         return outputs[0] if len(outputs) == 1 else outputs
 
-    def prepare(self, inputs) -> Callable[[], list]:
+    def prepare(self, inputs, *, raw: bool = False) -> Callable[[], list]:
         """Quantizes inputs beforehand; returns a function that only runs them, to be timed.
 
         A program that feeds an int8 file from a camera has no floats to convert either.
 
         Args:
-            inputs: As in `run_litert`.
+            inputs: As in `__call__`.
+            raw: As in `__call__`.
 
         Returns:
             A function without arguments. It copies the inputs in, computes, copies the outputs
@@ -111,7 +150,7 @@ class LiteRTRunner:
             there are several if the file's batch size is fixed.
         """
         arrays = [
-            _to_integers(np.asarray(x), detail)
+            self._converted(np.asarray(x), detail, raw)
             for x, detail in zip(self._match(inputs), self.inputs, strict=True)
         ]
         n = len(arrays[0])
@@ -130,7 +169,28 @@ class LiteRTRunner:
         chunks = [[x[i : i + size] for x in arrays] for i in range(0, n, size)]
         return lambda: [self._run(chunk) for chunk in chunks]
 
+    def _converted(self, x, detail, raw):
+        """Returns an input in the data type that the file reads."""
+        dtype, (scale, zero_point) = detail["dtype"], detail["quantization"]
+        if not np.issubdtype(dtype, np.integer) or (raw and x.dtype == dtype):
+            return x.astype(dtype)
+        limits = np.iinfo(dtype)
+        if scale:
+            # As LiteRT's own operator does, halves to even.
+            steps = np.rint(x.astype(np.float32) * (np.float32(1) / np.float32(scale)))
+            return np.clip(steps + zero_point, limits.min, limits.max).astype(dtype)
+        if x.size and not (limits.min <= x.min() and x.max() <= limits.max):
+            raise ValueError(
+                f"The input {detail['key']} of {self.path.name} is {limits.dtype}; received values "
+                f"from {x.min()} to {x.max()}, which it cannot hold."
+            )
+        return x.astype(dtype)
+
     def _run(self, arrays) -> list:
+        with self._naming_the_file():
+            return self._invoked(arrays)
+
+    def _invoked(self, arrays) -> list:
         shapes = [x.shape for x in arrays]
         if shapes != self._shapes:
             for detail, shape in zip(self.inputs, shapes, strict=True):
@@ -175,7 +235,7 @@ class LiteRTRunner:
         if self._interpreter.get_signature_list():
             signature = self._interpreter.get_signature_runner()
             details = getattr(signature, f"get_{kind}_details")()
-            return [{**details[key], "key": key} for key in sorted(details, key=_natural)]
+            return [{**details[key], "key": key} for key in sorted(details, key=natural)]
         details = getattr(self._interpreter, f"get_{kind}_details")()
         return [{**detail, "key": detail["name"]} for detail in details]
 
@@ -188,16 +248,6 @@ def _fits(x, detail) -> bool:
     )
 
 
-def _to_integers(x, detail):
-    dtype, (scale, zero_point) = detail["dtype"], detail["quantization"]
-    if not np.issubdtype(dtype, np.integer) or not np.issubdtype(x.dtype, np.floating) or not scale:
-        return x.astype(dtype)
-    limits = np.iinfo(dtype)
-    # As LiteRT's own operator does, halves to even.
-    steps = np.rint(x.astype(np.float32) * (np.float32(1) / np.float32(scale)))
-    return np.clip(steps + zero_point, limits.min, limits.max).astype(dtype)
-
-
 def to_floats(q, detail):
     scale, zero_point = detail["quantization"]
     if not np.issubdtype(q.dtype, np.integer) or not scale:
@@ -205,28 +255,10 @@ def to_floats(q, detail):
     return (q.astype(np.int32) - zero_point).astype(np.float32) * np.float32(scale)
 
 
-def _natural(name):
+def natural(name):
     """A sorting key that puts output_10 behind output_9."""
     digits = "".join(filter(str.isdigit, name))
     return int(digits or 0), name
-
-
-def require_litert(content, path):
-    if content[4:8] != b"TFL3":
-        raise ValueError(
-            f"{path} is not a LiteRT model: it has no TFL3 mark in bytes 4 to 8, received "
-            f"{content[4:8]!r}. Write one with accel_tf.export.litert."
-        )
-
-
-def litert_module(name):
-    try:
-        return importlib.import_module(f"ai_edge_litert.{name}")
-    except ImportError as error:
-        raise ImportError(
-            "LiteRT files are read and run by ai_edge_litert, which is not installed. "
-            "Install it with: pip install 'accel-tf[litert]'"
-        ) from error
 
 
 @contextlib.contextmanager

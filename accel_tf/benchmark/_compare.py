@@ -87,8 +87,8 @@ def compare(
             model is the baseline of the speed-up. A model is a built Keras model or one of these
             paths:
 
-            - `.tflite`, run by LiteRT; integer inputs are quantized and outputs dequantized by the
-              file's own quantization parameters;
+            - `.tflite`, run by LiteRT; inputs are quantized and outputs dequantized by the file's own
+              quantization parameters;
             - `.onnx`, run by onnxruntime on the CPU with its default options, but that its threads
               stop spinning after a run, since they would slow down the next model;
             - the folder of a SavedModel, whose signature `serving_default` is run;
@@ -97,7 +97,8 @@ def compare(
               registers them first.
 
             LiteRT and onnxruntime get as many threads as TensorFlow.
-        x: The samples: an array, or a list or dictionary of arrays for models of several inputs.
+        x: The samples as values, integers too: an array, or a list or dictionary of arrays for models
+            of several inputs.
         y: The targets: labels or real values. Labels are the numbers of classes, of shape `(n,)` or
             `(n, 1)`, or zeros and ones of the shape of the outputs, such as one-hot rows or the two
             classes of a single output. All other numbers are real values. `None` leaves the metric

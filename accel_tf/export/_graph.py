@@ -139,7 +139,31 @@ def input_names(model) -> list[str]:
     return [tensor.name for tensor in model.inputs]
 
 
+def output_keys(model) -> list[str] | None:
+    """Returns the keys of a dictionary of outputs in the order of the graph's, else `None`."""
+    structure = model.output if isinstance(model, Functional) else None
+    if not isinstance(structure, dict) or any(map(keras.tree.is_nested, structure.values())):
+        return None
+    places = keras.tree.pack_sequence_as(structure, range(len(structure)))
+    return [str(key) for key in sorted(places, key=places.get)]
+
+
 def output_names(model) -> list[str]:
-    """Returns the names of a model's outputs, which are those of the layers that make them."""
+    """Returns the names of a model's outputs: its keys, or those of the layers that make them."""
+    if keys := output_keys(model):
+        return keys
     names = [tensor._keras_history.operation.name for tensor in model.outputs]
     return [n if names.count(n) == 1 else f"{n}_{i}" for i, n in enumerate(names)]
+
+
+def named_outputs(graph, model):
+    """Returns a graph from `frozen_graph` whose outputs bear the keys of the model's dictionary."""
+    keys = output_keys(model)
+    if keys is None:
+        return graph
+
+    def serve(*tensors):
+        return dict(zip(keys, tf.nest.flatten(graph(*tensors)), strict=True))
+
+    specs = [tf.TensorSpec(t.shape, t.dtype, name=t.op.name) for t in graph.inputs]
+    return tf.function(serve, autograph=False).get_concrete_function(*specs)

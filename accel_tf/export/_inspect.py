@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from accel_tf import report
-from accel_tf._litert import litert_module, require_litert
+from accel_tf._litert_file import read_litert, shape_of
+from accel_tf._litert_schema import has_data, operator_name, type_name
 from accel_tf.export._graph import nearest
 
 # No kernel of LiteRT computes these on integers.
@@ -133,7 +134,7 @@ def inspect_litert(path: str | os.PathLike) -> LiteRTFile:
         path: A `.tflite` file.
 
     Raises:
-        ValueError: The file is not a LiteRT model.
+        ValueError: The file is not a LiteRT model, or it is damaged.
         FileNotFoundError: There is no such file.
         ImportError: ai_edge_litert is not installed.
 
@@ -173,37 +174,23 @@ def inspect(
         path: Where it is, or will be.
         known: The model's layers by their scopes in the file, if the model is at hand.
     """
-    require_litert(content, path)
-    schema = litert_module("schema_py_generated")
-    types = {code: name.lower() for name, code in vars(schema.TensorType).items()}
-    model = schema.ModelT.InitFromObj(schema.Model.GetRootAs(content, 0))
-
-    def dtypes(graph, indices):
-        return tuple(types[graph.tensors[i].type] for i in indices if i >= 0)
-
+    model = read_litert(content, path)
     operators = []
     for graph in model.subgraphs:
-        for op in graph.operators:
+        for op in graph.operators or ():
             name = operator_name(model, op)
-            bare = Operator(name, dtypes(graph, op.inputs), dtypes(graph, op.outputs))
+            bare = Operator(name, _dtypes(graph, op.inputs), _dtypes(graph, op.outputs))
             layer, reason = layer_of(model, graph, op, known)
             why = _why(bare, reason, known) if bare.kind == "float" else ""
             operators.append(bare._replace(layer=layer, why=why))
     main = model.subgraphs[0]
-    io = dtypes(main, main.inputs), dtypes(main, main.outputs)
+    io = _dtypes(main, main.inputs), _dtypes(main, main.outputs)
     return LiteRTFile(path, len(content), *io, _only_if_mixed(operators))
 
 
-def operator_name(model, op) -> str:
-    """Returns the name of an operator, such as `CONV_2D`."""
-    # The code field outgrew a byte; files for old readers carry it in the field of that name.
-    code = model.operatorCodes[op.opcodeIndex]
-    return _operator_names()[max(code.builtinCode, code.deprecatedBuiltinCode)]
-
-
-def _operator_names():
-    schema = litert_module("schema_py_generated")
-    return {code: name for name, code in vars(schema.BuiltinOperator).items()}
+def _dtypes(graph, indices) -> tuple[str, ...]:
+    present = [i for i in (() if indices is None else indices) if i >= 0]
+    return tuple(type_name(graph.tensors[i]).lower() for i in present)
 
 
 def tensor_names(model, graph, op) -> list[str]:
@@ -214,13 +201,12 @@ def tensor_names(model, graph, op) -> list[str]:
 
     def is_weights(index):
         tensor = graph.tensors[index]
-        data = model.buffers[tensor.buffer].data
-        rank = 0 if tensor.shape is None else len(tensor.shape)
-        return rank > 1 and data is not None and len(data) > 0
+        return len(shape_of(tensor)) > 1 and has_data(model, tensor)
 
-    inputs = [index for index in (*op.inputs[1:], *op.inputs[:1]) if index >= 0]
+    read, written = ([] if i is None else i.tolist() for i in (op.inputs, op.outputs))
+    inputs = [index for index in (*read[1:], *read[:1]) if index >= 0]
     weights = [index for index in inputs if is_weights(index)]
-    return [(graph.tensors[i].name or b"").decode() for i in (*weights, *op.outputs, *inputs)]
+    return [(graph.tensors[i].name or b"").decode() for i in (*weights, *written, *inputs)]
 
 
 def layer_of(model, graph, op, known: Mapping[str, Known] | None) -> Known:

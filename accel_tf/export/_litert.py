@@ -12,10 +12,12 @@ import tensorflow as tf
 
 from accel_tf import layers as graphs
 from accel_tf import report
-from accel_tf._litert import litert_module, quiet
+from accel_tf._litert import quiet
+from accel_tf._litert_file import read_litert, with_output_keys
+from accel_tf._litert_schema import litert_module, operator_name
 from accel_tf.export import _weights
-from accel_tf.export._graph import frozen_graph, has_graph, plain, scope, unrolled
-from accel_tf.export._inspect import Known, LiteRTFile, inspect, layer_of, operator_name
+from accel_tf.export._graph import frozen_graph, has_graph, named_outputs, plain, scope, unrolled
+from accel_tf.export._inspect import Known, LiteRTFile, inspect, layer_of
 from accel_tf.quantization import FakeQuantize, QuantizedLayer
 from accel_tf.quantization._fake import floating, freezing
 from accel_tf.quantization._rules import rule_of
@@ -88,6 +90,7 @@ def litert(
     content = plan.convert(batch_size)
     if plan.weights_only:
         content = _weights.shrink(content, plan.weights_only, allow_float)
+    content = with_output_keys(content)
     found = inspect(content, path, plan.known)
     _require_sums(content, plan.known)
     if plan.quantized and not allow_float:
@@ -241,8 +244,7 @@ def _require_exportable(layer):
 
 def _require_sums(content, known):
     """Raises a ValueError for a sum that would end the process that runs the file."""
-    schema = litert_module("schema_py_generated")
-    file = schema.ModelT.InitFromObj(schema.Model.GetRootAs(content, 0))
+    file = read_litert(content, "The converted model")
     for graph in file.subgraphs:
         for op in graph.operators:
             if operator_name(file, op) not in ("ADD", "SUB"):
@@ -291,5 +293,7 @@ def _converter(model, batch_size, folder):
         module.graph = frozen_graph(model, batch_size)
     # Without gradients, which nobody takes from it: TensorFlow cannot save that of swish.
     options = tf.saved_model.SaveOptions(experimental_custom_gradients=False)
-    tf.saved_model.save(module, folder, signatures=module.graph, options=options)
+    tf.saved_model.save(
+        module, folder, signatures=named_outputs(module.graph, model), options=options
+    )
     return tf.lite.TFLiteConverter.from_saved_model(folder)

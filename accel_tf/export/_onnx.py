@@ -58,7 +58,8 @@ def onnx(
         opset: The version of ONNX's operators, 17 or 18.
 
     Returns:
-        The path. The file's inputs and outputs are named after the model's.
+        The path. The file's inputs and outputs are named after the model's, a dictionary's after its
+        keys. A name that is taken in the file gets an underscore at its end.
 
     Raises:
         ValueError: The model is subclassed, has seen no data, has 16-bit activations, or an operator
@@ -144,6 +145,7 @@ def _rename(graph, model):
                 for i, old in enumerate(names):
                     if old == info.name:
                         names[i] = name
+        taken.add(name)
         info.name = name
         first = info.type.tensor_type.shape.dim[:1]
         if first and first[0].dim_param:

@@ -4,8 +4,9 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
-from accel_tf._litert import LiteRTRunner, litert_module, quiet, to_floats
-from accel_tf.export._graph import has_graph, input_names, output_names
+from accel_tf._litert import LiteRTRunner, natural, quiet, to_floats
+from accel_tf._litert_schema import litert_module
+from accel_tf.export._graph import has_graph, input_names, output_keys, output_names
 from accel_tf.export._onnx import onnx_module
 from accel_tf.export._weights import without_groups
 
@@ -42,6 +43,10 @@ class LiteRT:
     def outputs(self, model, arrays) -> list[np.ndarray]:
         """Returns the outputs for the arrays of the model's inputs, as floats."""
         outputs = self._runner(self._by_name(model, arrays))
+        if isinstance(outputs, dict):
+            keys = output_keys(model) or []
+            keys = keys if set(keys) == set(outputs) else sorted(outputs)  # As keras.tree does.
+            return [outputs[key] for key in keys]
         return outputs if isinstance(outputs, list) else [outputs]
 
     def tensors(self, model, arrays) -> list[tuple[str, np.ndarray]]:
@@ -58,8 +63,8 @@ class LiteRT:
 class _Watched(LiteRTRunner):
     """Keeps every tensor, and so does without the delegates, which do not."""
 
-    def _content(self):
-        return without_groups(super()._content())
+    def _content(self, content):
+        return without_groups(content, self.path)
 
     def _options(self):
         kinds = litert_module("interpreter").OpResolverType
@@ -154,7 +159,9 @@ class SavedModel:
             results = self._run(**self._by_name(model, part))
             known = output_names(model) if has_graph(model) else []
             known = [name for name in known if name in results]
-            names = known if len(known) == len(results) else sorted(results)
+            numbered = all(name.startswith("output_") for name in results)
+            others = sorted(results, key=natural if numbered else None)
+            names = known if len(known) == len(results) else others
             return [results[name].numpy() for name in names]
 
         return _in_batches(run, arrays, self.batch_size)

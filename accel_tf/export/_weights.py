@@ -6,14 +6,14 @@ grid of its own.
 
 import copy
 
-import flatbuffers
 import numpy as np
 
 from accel_tf import report
-from accel_tf._litert import litert_module
+from accel_tf._litert_file import pack, read_litert
+from accel_tf._litert_schema import operator_name, schema, type_name
 from accel_tf.export import _grid
 from accel_tf.export._graph import nearest
-from accel_tf.export._inspect import operator_name, tensor_names
+from accel_tf.export._inspect import tensor_names
 
 # Kernels that multiply integer weights by activations that they round themselves, and the version
 # of the operator that does so per channel and in 4 bits.
@@ -72,14 +72,18 @@ def sparse_tensors(content: bytes) -> int:
     return sum(t.sparsity is not None for graph in model.subgraphs for t in graph.tensors)
 
 
-def without_groups(content: bytes) -> bytes:
+def without_groups(content: bytes, path) -> bytes:
     """Returns a file in which weights with a scale for each group are float32, the same numbers.
 
     Only a delegate of LiteRT computes with groups, and with a delegate tensors cannot be looked at.
+
+    Args:
+        content: A LiteRT file.
+        path: Where the file is, for the error if it is damaged.
     """
-    file, found = _File(content), False
+    file, found = _File(content, path), False
     for graph in file.model.subgraphs:
-        for tensor in graph.tensors:
+        for tensor in graph.tensors or ():
             details = getattr(tensor.quantization, "details", None)
             if not hasattr(details, "blockSize"):
                 continue
@@ -216,14 +220,13 @@ def _expanded(file, graph, small, index, grid=None):
 class _File:
     """A LiteRT file taken apart."""
 
-    def __init__(self, content):
-        self.schema = litert_module("schema_py_generated")
-        self.model = self.schema.ModelT.InitFromObj(self.schema.Model.GetRootAs(content, 0))
-        self._types = {code: name for name, code in vars(self.schema.TensorType).items()}
+    def __init__(self, content, path="The converted model"):
+        self.schema = schema()
+        self.model = read_litert(content, path)
 
     def constant(self, graph, index):
         """Returns the values of a float32 tensor that is constant, else `None`."""
-        if index < 0 or self._types[graph.tensors[index].type] != "FLOAT32":
+        if index < 0 or type_name(graph.tensors[index]) != "FLOAT32":
             return None
         tensor = graph.tensors[index]
         data = self.model.buffers[tensor.buffer].data
@@ -235,7 +238,7 @@ class _File:
         """Whether a tensor is constant and has integers on a grid for its values."""
         tensor = graph.tensors[index]
         data = self.model.buffers[tensor.buffer].data
-        return self._types[tensor.type] in ("INT8", "INT4") and data is not None and len(data) > 0
+        return type_name(tensor) in ("INT8", "INT4") and data is not None and len(data) > 0
 
     def tensor(self, graph, like, kind, array, suffix="", shape=None, quantization=None) -> int:
         """Adds a constant tensor, named after the tensor `like`; returns its index."""
@@ -286,9 +289,7 @@ class _File:
         for index, buffer in enumerate(self.model.buffers):
             if index not in read:
                 buffer.data = None
-        builder = flatbuffers.Builder(1024)
-        builder.Finish(self.model.Pack(builder), b"TFL3")
-        return bytes(builder.Output())
+        return pack(self.model)
 
 
 def _used(graph) -> set[int]:

@@ -108,7 +108,9 @@ def test_a_lora_update_is_a_part_of_copies():
 def test_layers_that_keras_quantized_are_refused_by_name():
     model = keras.Sequential([keras.Input((16,)), L.Dense(8, name="wide"), L.Dense(2)])
     model.quantize("int8", filters=["wide"])
-    with pytest.raises(ValueError, match=r"'wide' \(Dense\) was quantized by Keras.*exclude=\['wide'\]"):
+    with pytest.raises(
+        ValueError, match=r"'wide' \(Dense\) was quantized by Keras.*exclude=\['wide'\]"
+    ):
         at.calibrate(model, FAR, verbose=0)
 
 
@@ -138,7 +140,9 @@ def test_a_copy_that_computes_something_else_is_an_error():
         [keras.Input((16,)), L.Dense(4), Forgetful(3.0, name="mine"), L.Dense(2)]
     )
     for verb in (at.fuse, at.sparsify):
-        with pytest.raises(ValueError, match=r"outputs differ: .* dB .*behind layer 'mine'.*verify=False"):
+        with pytest.raises(
+            ValueError, match=r"outputs differ: .* dB .*behind layer 'mine'.*verify=False"
+        ):
             verb(model)
     wrong = at.fuse(model, verify=False)
     assert decibels(model(FAR), wrong(FAR)) < 10

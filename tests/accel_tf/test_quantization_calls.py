@@ -59,7 +59,9 @@ def test_each_call_of_a_shared_layer_has_ranges_of_its_own(make, tmp_path):
     loaded.compile("sgd", "mse")
     loaded.fit([NEAR, FAR], np.asarray(float_outputs), verbose=0)
     wrappers = [w for _, w in layers.walk(loaded) if isinstance(w, at.quantization.QuantizedLayer)]
-    assert len({id(w.layer) for w in wrappers}) == len(wrappers) - (1 if make is shared_dense else 2)
+    assert len({id(w.layer) for w in wrappers}) == len(wrappers) - (
+        1 if make is shared_dense else 2
+    )
 
 
 def test_quantization_error_tells_of_a_shared_layer_once():
