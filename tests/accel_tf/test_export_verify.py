@@ -1,10 +1,9 @@
 """Files in their runtimes: SavedModel and ONNX, and which layer is to blame when one is wrong."""
 
+import dataclasses
 import sys
 
 import flatbuffers
-import dataclasses
-
 import keras
 import numpy as np
 import onnx
