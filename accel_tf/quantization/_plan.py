@@ -10,7 +10,7 @@ import keras
 
 from accel_tf import layers as graphs
 from accel_tf import report
-from accel_tf.quantization import _activations, _affine, _layers, _preserve, _same_grid
+from accel_tf.quantization import _activations, _affine, _composite, _layers, _preserve, _same_grid
 from accel_tf.quantization._rules import OWN_IDENTITY, Rule, obstacle, rule_of
 from accel_tf.quantization._schemes import Mixed, Scheme, matches
 
@@ -127,6 +127,8 @@ class Plan:
     def _plan(self, call, given, graph) -> int | None:
         layer, scheme = call.layer, self.scheme_of(call.layer)
         if not isinstance(layer, keras.Layer) and not _has_float(call.outputs):
+            if scheme and scheme.activation_bits and _has_float(call.inputs):
+                self.steps[id(layer)] = Step(_composite.QuantizedIndex, scheme)
             return None  # an index or a mask
         if self._is_constant(call):
             # Computed beforehand, and put on a grid by what it meets.
