@@ -1,5 +1,7 @@
 """Layers of several integer kernels: attention, scaled sums, and the operators between layers."""
 
+import functools
+
 import keras
 import numpy as np
 import tensorflow as tf
@@ -15,7 +17,7 @@ from accel_tf.quantization._fake import (
     is_observing,
     passes,
 )
-from accel_tf.quantization._grids import note_sums, sums_of
+from accel_tf.quantization._grids import grid_of, has_grid, note_grid, note_sums, sums_of
 from accel_tf.quantization._integers import product, total
 from accel_tf.quantization._kernels import channel_axes, einsum_dense
 from accel_tf.quantization._layers import QuantizedLayer
@@ -118,6 +120,36 @@ _FORMS = {
     numpy_ops.Negative: lambda x: product(x, -1.0),
     numpy_ops.TrueDivide: lambda x, constant: product(x, 1.0 / constant),
 }
+
+
+@keras.saving.register_keras_serializable(package="accel_tf")
+class QuantizedGridOperator(QuantizedOperator):
+    """Runs an operator whose outputs are on the grid of its input, such as a split.
+
+    Args:
+        layer: An `accel_tf.layers.Operator`.
+        scheme, quantize_inputs, output, activation, kwargs: As for `QuantizedLayer`.
+    """
+
+    def compute(self, inputs, training, mask):
+        y = self.layer.run(inputs)
+        if becomes_integers() and isinstance(self.layer.operation, numpy_ops.Split):
+            y = _slices(inputs, y, self.layer.operation.axis)
+        if not has_grid(inputs):
+            return y
+        return keras.tree.map_structure(
+            lambda x: note_grid(x, functools.partial(grid_of, inputs)), y
+        )
+
+
+def _slices(x, parts, axis):
+    """Returns the parts of a split as slices: a part that nobody reads would have no grid in a file."""
+    before, start = (slice(None),) * (axis % len(x.shape)), 0
+    made = []
+    for size in [part.shape[axis] for part in parts]:
+        made.append(x[(*before, slice(start, start + size))])
+        start += size
+    return made
 
 
 def _dtype_of(tensors):

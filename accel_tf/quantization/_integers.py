@@ -106,7 +106,7 @@ def _mean(operation, *inputs):
     return steps
 
 
-def _concatenation(operation, *inputs):
+def _concatenation(operation, *inputs, join=tf.concat):
     """What comes from a kernel is rounded once, here; what is on a grid already goes to another."""
 
     def in_steps(x, to):
@@ -114,7 +114,7 @@ def _concatenation(operation, *inputs):
             return steps(to)
         return _moved(x, operation, to) if has_grid(x) else x * (1 / to.step)
 
-    return lambda to: tf.concat([in_steps(x, to) for x in inputs], operation.axis)
+    return lambda to: join([in_steps(x, to) for x in inputs], operation.axis)
 
 
 def _extreme(operation, *inputs, choose):
@@ -211,13 +211,15 @@ def _saturated(x):
 
 _MAXIMUM = functools.partial(_extreme, choose=tf.maximum)
 _MINIMUM = functools.partial(_extreme, choose=tf.minimum)
+_STACK = functools.partial(_concatenation, join=tf.stack)
 _KERNELS = {
     **dict.fromkeys([_L.Add, numpy_ops.Add], _sum),
     **dict.fromkeys([_L.Subtract, numpy_ops.Subtract], functools.partial(_sum, sign=-1.0)),
     **dict.fromkeys([_L.Multiply, numpy_ops.Multiply], _product),
     **dict.fromkeys([_L.GlobalAveragePooling1D, _L.GlobalAveragePooling2D], _mean),
     **dict.fromkeys([_L.Concatenate, numpy_ops.Concatenate], _concatenation),
+    numpy_ops.Stack: _STACK,
     **dict.fromkeys([_L.Maximum, numpy_ops.Maximum], _MAXIMUM),
     **dict.fromkeys([_L.Minimum, numpy_ops.Minimum], _MINIMUM),
 }
-_JOINING = {t for t, k in _KERNELS.items() if k in (_concatenation, _MAXIMUM, _MINIMUM)}
+_JOINING = {t for t, k in _KERNELS.items() if k in (_concatenation, _STACK, _MAXIMUM, _MINIMUM)}

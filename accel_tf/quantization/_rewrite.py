@@ -81,7 +81,7 @@ def rewrite(model, scheme, exclude, verb) -> keras.Model:
         )
     layers = graphs.walk(model)
     paths = [path for path, v in layers if not isinstance(v, keras.layers.InputLayer)]
-    scheme_at = schemes_by_path(scheme, exclude, paths)
+    scheme_at = schemes_by_path(scheme, exclude, [*paths, *_operators(model)])
 
     def graph(path, layer):
         return None if rule_of(layer) or scheme_at(path) is None else graph_of(layer)
@@ -122,6 +122,17 @@ def rewrite(model, scheme, exclude, verb) -> keras.Model:
             new.trainable = old.trainable
     report.attach(new_model, _report(verb, model, plan, made, _preserve.keep(new_model)))
     return new_model
+
+
+def _operators(model, prefix=""):
+    """Yields the paths of the operators between the layers of a model and of the models in it."""
+    if not isinstance(model, keras.Sequential | graphs.Functional):
+        return  # which has no graph of operators
+    for call in graphs.calls(model):
+        if not isinstance(call.layer, keras.Layer):
+            yield prefix + call.layer.name
+        else:
+            yield from _operators(call.layer, f"{prefix}{call.layer.name}/")
 
 
 def _report(verb, model, plan, made, kept):

@@ -6,7 +6,8 @@ from typing import NamedTuple
 import keras
 from keras.src.applications.convnext import LayerScale, StochasticDepth
 from keras.src.applications.inception_resnet_v2 import CustomScaleLayer
-from keras.src.ops import nn as nn_ops  # Keras exports the functions, not the operations.
+from keras.src.ops import core as core_ops  # Keras exports the functions, not the operations.
+from keras.src.ops import nn as nn_ops
 from keras.src.ops import numpy as numpy_ops
 
 from accel_tf.quantization import _activations, _affine, _composite, _layers, _recurrent, _same_grid
@@ -152,6 +153,7 @@ RULES: dict[type, Rule] = {
             "MaxPooling3D",
             "AveragePooling3D",
             "GroupNormalization",
+            "Masking",
             "RMSNormalization",
             "UnitNormalization",
         ),
@@ -171,6 +173,7 @@ RULES: dict[type, Rule] = {
             numpy_ops.Minimum,
             numpy_ops.Multiply,
             numpy_ops.Negative,
+            numpy_ops.Stack,
             numpy_ops.TrueDivide,
         ],
         Rule("arithmetic", _OPERATOR),
@@ -185,6 +188,16 @@ RULES: dict[type, Rule] = {
             numpy_ops.Take,
         ],
         Rule("grid"),
+    ),
+    **dict.fromkeys(
+        [
+            core_ops.ConvertToTensor,
+            numpy_ops.Max,
+            numpy_ops.Min,
+            numpy_ops.Split,
+            numpy_ops.Swapaxes,
+        ],
+        Rule("grid", _composite.QuantizedGridOperator),
     ),
     **dict.fromkeys(
         [
