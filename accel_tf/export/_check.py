@@ -80,7 +80,9 @@ def _way_out(verb):
 def _agreement(expected, found, floor) -> float:
     """Returns the lowest SQNR of the outputs; of a quantized model, of those that are floats."""
     pairs = list(zip(expected, found, strict=True))
-    if floor == _QUANTIZED:  # An index, such as an arg-max, differs much where two values are close.
+    if (
+        floor == _QUANTIZED
+    ):  # An index, such as an arg-max, differs much where two values are close.
         pairs = [(y, z) for y, z in pairs if y.dtype.kind not in "iub"]
     return min((graphs.sqnr(y, np.asarray(z)) for y, z in pairs), default=np.inf)
 

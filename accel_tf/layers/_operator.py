@@ -39,6 +39,11 @@ class Operator(keras.layers.Layer):
         args, kwargs = self._filled(dict(enumerate(keras.tree.flatten(inputs))), on_constant)
         return self.operation(*args, **kwargs)
 
+    def arguments(self, inputs) -> list:
+        """Returns what the operator is called with: tensors and constants, in order."""
+        args, kwargs = self._filled(dict(enumerate(keras.tree.flatten(inputs))))
+        return [*args, *kwargs.values()]
+
     def _filled(self, tensors, on_constant=lambda x: x):
         slots = {self.slot(i): x for i, x in tensors.items()}
 

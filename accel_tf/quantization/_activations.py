@@ -7,6 +7,7 @@ import keras
 import tensorflow as tf
 
 from accel_tf.layers import Operator
+from accel_tf.quantization._fake import apart
 from accel_tf.quantization._grids import has_grid, note_steps, requantized, steps_of
 from accel_tf.quantization._integers import hard_swish, product
 
@@ -32,7 +33,7 @@ COMPOSED = {
 }
 
 # What `apply` computes, and not the layer.
-APPLIED = (*COMPOSED, "hard_silu")
+APPLIED = (*COMPOSED, "hard_silu", "softplus", "log_sigmoid", "log_softmax")
 
 # No integer kernel: the tensor becomes float for them, and is quantized again.
 FLOAT = ("elu", "selu", "celu", "softplus", "softsign", "mish", "log_softmax", "log_sigmoid")
@@ -40,17 +41,43 @@ FLOAT = ("elu", "selu", "celu", "softplus", "softsign", "mish", "log_softmax", "
 KNOWN = ("linear", *FUSED, *FIXED, *ONE_KERNEL, *COMPOSED, *FLOAT)
 
 _OPERATORS = {
+    "Elu": "elu",
     "Gelu": "gelu",
+    "HardSigmoid": "hard_sigmoid",
     "HardSilu": "hard_silu",
+    "LeakyRelu": "leaky_relu",
+    "LogSigmoid": "log_sigmoid",
+    "LogSoftmax": "log_softmax",
     "Relu": "relu",
     "Relu6": "relu6",
+    "Selu": "selu",
     "Sigmoid": "sigmoid",
     "Silu": "silu",
     "Softmax": "softmax",
+    "Softplus": "softplus",
+    "Softsign": "softsign",
     "Tanh": "tanh",
 }
-# Where Keras has no name, or another function of that name does the same.
-_FUNCTIONS = {"gelu_approximate": functools.partial(keras.activations.gelu, approximate=True)}
+
+
+def _softplus(x):
+    # The converter's own form, log(1 + exp(x)), is infinite from 89 on.
+    return tf.maximum(x, 0.0) + tf.math.log(1.0 + tf.exp(-tf.abs(x)))
+
+
+def _log_softmax(x):
+    # The kernel of LiteRT ends at -16, so the converter must not find its pattern, one x for both.
+    x -= tf.reduce_max(x, -1, keepdims=True)
+    return x - tf.math.log(tf.reduce_sum(tf.exp(apart(x)), -1, keepdims=True))
+
+
+# Where Keras has no name, or another function of that name does the same, in a form that converts.
+_FUNCTIONS = {
+    "gelu_approximate": functools.partial(keras.activations.gelu, approximate=True),
+    "log_sigmoid": lambda x: -_softplus(-x),
+    "log_softmax": _log_softmax,
+    "softplus": _softplus,
+}
 _TENSORFLOWS = {
     tf.nn.relu: "relu",
     tf.nn.relu6: "relu6",
@@ -94,7 +121,7 @@ def name_of(layer) -> str | None:
 def _name_of_function(function) -> str:
     """Returns Keras's name of an activation, also if another function is one operator of Keras."""
     for name in KNOWN:
-        if name not in _FUNCTIONS and keras.activations.get(name) is function:
+        if name != "gelu_approximate" and keras.activations.get(name) is function:
             return name
     if function in _TENSORFLOWS:
         return _TENSORFLOWS[function]
@@ -121,6 +148,8 @@ def _traced_name(function) -> str | None:
 
 def _name_of_operation(operation) -> str | None:
     name = _OPERATORS.get(type(operation).__name__)
+    if name == "log_softmax" and operation.axis != -1:
+        return None
     return "gelu_approximate" if name == "gelu" and operation.approximate else name
 
 
@@ -190,7 +219,9 @@ def apply(name: str, x, on_grid):
         return product(x, on_grid("gate", tf.sigmoid(x)))
     if name == "hard_sigmoid":
         return on_grid("clipped", tf.nn.relu6(x + 3.0)) * (1 / 6)
+    x = apart(x) if name in FLOAT else x
     y = (_FUNCTIONS.get(name) or keras.activations.get(name))(x)
+    y = apart(y) if name in FLOAT else y
     if name == "hard_silu" and has_grid(x):
         return note_steps(y, functools.partial(hard_swish, x, y))
     return y

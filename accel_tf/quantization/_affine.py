@@ -3,8 +3,8 @@
 import keras
 import tensorflow as tf
 
-from accel_tf.quantization._fake import frozen, is_unrounded
-from accel_tf.quantization._grids import Sums, grid_of, note_sums, sums_of
+from accel_tf.quantization._fake import evaluated, frozen, is_unrounded
+from accel_tf.quantization._grids import Sums, grid_of, has_grid, note_sums, sums_of, unequal
 from accel_tf.quantization._kernels import unflatten
 from accel_tf.quantization._layers import QuantizedLayer, call_layer
 
@@ -30,18 +30,9 @@ class QuantizedAffine(QuantizedLayer):
         if batch_norm and training and self.layer.trainable:
             return call_layer(self.layer, inputs, training, mask)
         channels = inputs.shape[-1]
-        dtype, sums = inputs.dtype if inputs.dtype.is_floating else self.compute_dtype, None
-        factor, offset = (
-            tf.broadcast_to(tf.cast(value, tf.float32), (channels,))
-            for value in _affine(self.layer)
-        )
-        # The converter writes a bias of equal numbers with the scale of the first channel, which is
-        # wrong for the others, so they differ by much less than a step.
-        offset *= 1 + 1e-6 * tf.cast(tf.range(channels) % 2, tf.float32)
-        grid = None if training or frozen() or is_unrounded() else grid_of(inputs)
-        if grid is not None:
-            levels = 2 ** (self.scheme.weight_bits - 1) - 1
-            sums, offset = Sums(grid.exact_step, tf.abs(factor), levels).plus(offset)
+        dtype = inputs.dtype if inputs.dtype.is_floating else self.compute_dtype
+        with evaluated():
+            factor, offset, sums = self._constants(inputs, training)
         factor, offset = tf.cast(factor, dtype), tf.cast(offset, dtype)
         shape = inputs.shape[1:]
         x = tf.cast(inputs, dtype)
@@ -49,6 +40,19 @@ class QuantizedAffine(QuantizedLayer):
         y = tf.nn.depthwise_conv2d(x, factor[None, None, :, None], [1, 1, 1, 1], "VALID") + offset
         y = y if len(shape) == 3 else unflatten(y, inputs, len(shape), (channels,))
         return note_sums(y, sums) if sums else y
+
+    def _constants(self, inputs, training):
+        """Returns m and b, float32, (channels,), and how the sums are rounded, or `None`."""
+        factor, offset = (
+            tf.broadcast_to(tf.cast(value, tf.float32), inputs.shape[-1:])
+            for value in _affine(self.layer)
+        )
+        if training or is_unrounded() or not has_grid(inputs):
+            return factor, unequal(offset) if frozen() else offset, None
+        levels = 2 ** (self.scheme.weight_bits - 1) - 1
+        sums = Sums(grid_of(inputs).exact_step, tf.abs(factor), levels)
+        sums, offset = sums.plus(offset)
+        return factor, offset, sums
 
     def compute_output_shape(self, input_shape):
         return input_shape
@@ -69,8 +73,9 @@ class QuantizedFolded(QuantizedLayer):
         sums = None if training else sums_of(inputs)
         if sums is None or sums.limit.shape[0] != inputs.shape[-1]:
             return call_layer(self.layer, inputs, training, mask)
-        factor, offset = _affine(self.layer)
-        sums, offset = sums.times(factor).plus(offset)
+        with evaluated():
+            factor, offset = _affine(self.layer)
+            sums, offset = sums.times(factor).plus(offset)
         return note_sums(
             inputs * tf.cast(factor, inputs.dtype) + tf.cast(offset, inputs.dtype), sums
         )

@@ -1,13 +1,24 @@
 """Layers of several integer kernels: attention, scaled sums, and the operators between layers."""
 
+import functools
+
 import keras
 import numpy as np
 import tensorflow as tf
+from keras.src.ops import math as math_ops
+from keras.src.ops import numpy as numpy_ops  # Keras exports the functions, not the operations.
 
 from accel_tf.quantization import _activations, _preserve
-from accel_tf.quantization._fake import frozen, is_observing, passes
-from accel_tf.quantization._grids import note_sums, sums_of
-from accel_tf.quantization._integers import total
+from accel_tf.quantization._fake import (
+    apart,
+    becomes_integers,
+    evaluated,
+    frozen,
+    is_observing,
+    passes,
+)
+from accel_tf.quantization._grids import grid_of, has_grid, note_grid, note_sums, sums_of
+from accel_tf.quantization._integers import product, total
 from accel_tf.quantization._kernels import channel_axes, einsum_dense
 from accel_tf.quantization._layers import QuantizedLayer
 from accel_tf.quantization._weights import round_like_activations
@@ -65,7 +76,8 @@ class QuantizedScaledSum(QuantizedLayer):
         x, y = inputs
         scaled = y * self.layer.scale
         if sums := sums_of(y):
-            note_sums(scaled, sums.times(self.layer.scale))
+            with evaluated():
+                note_sums(scaled, sums.times(self.layer.scale))
         return total(x, self.on_grid(training)("scaled", scaled))
 
     def compute_output_shape(self, input_shape):
@@ -97,9 +109,140 @@ class QuantizedOperator(QuantizedLayer):
         name = _activations.name_of(self.layer)
         if name in _activations.APPLIED:
             return _activations.apply(name, inputs, self.on_grid(training))
-        inputs_dtype = keras.tree.flatten(inputs)[0].dtype
+        inputs_dtype = _dtype_of(inputs)
+        if form := _FORMS.get(type(self.layer.operation)):
+            return form(*self.layer.arguments(inputs))
+        if name in _activations.FLOAT:
+            return apart(self.layer.run(apart(inputs), rounded))
         inputs = self.on_one_grid(inputs)
-        return self.noted(inputs, self.layer.run(inputs, rounded))
+        return self.noted(self.layer.arguments(inputs), self.layer.run(inputs, rounded))
+
+    def compute_output_spec(self, inputs, **_):
+        return self.layer.compute_output_spec(inputs)
+
+
+# Operators that integer kernels compute in another form.
+_FORMS = {
+    numpy_ops.Divide: lambda x, constant: product(x, 1.0 / constant),
+    numpy_ops.Negative: lambda x: product(x, -1.0),
+    numpy_ops.TrueDivide: lambda x, constant: product(x, 1.0 / constant),
+}
+
+
+@keras.saving.register_keras_serializable(package="accel_tf")
+class QuantizedGridOperator(QuantizedOperator):
+    """Runs an operator whose outputs are on the grid of its input, such as a split.
+
+    Args:
+        layer: An `accel_tf.layers.Operator`.
+        scheme, quantize_inputs, output, activation, kwargs: As for `QuantizedLayer`.
+    """
+
+    def compute(self, inputs, training, mask):
+        y = self.layer.run(inputs)
+        if becomes_integers() and isinstance(self.layer.operation, numpy_ops.Split):
+            y = _slices(inputs, y, self.layer.operation.axis)
+        if not has_grid(inputs):
+            return y
+        return keras.tree.map_structure(
+            lambda x: note_grid(x, functools.partial(grid_of, inputs)), y
+        )
+
+
+def _slices(x, parts, axis):
+    """Returns the parts of a split as slices: a part that nobody reads would have no grid in a file."""
+    before, start = (slice(None),) * (axis % len(x.shape)), 0
+    made = []
+    for size in [part.shape[axis] for part in parts]:
+        made.append(x[(*before, slice(start, start + size))])
+        start += size
+    return made
+
+
+def _dtype_of(tensors):
+    """Returns the dtype of the first tensor of floats, or else of the first."""
+    dtypes = [x.dtype for x in keras.tree.flatten(tensors)]
+    return next(filter(lambda dtype: dtype.is_floating, dtypes), dtypes[0])
+
+
+@keras.saving.register_keras_serializable(package="accel_tf")
+class QuantizedIsland(QuantizedOperator):
+    """Runs an operator that has no integer form in float between quantized tensors.
+
+    Args:
+        layer: An `accel_tf.layers.Operator`.
+        scheme, quantize_inputs, output, activation, kwargs: As for `QuantizedLayer`.
+    """
+
+    @classmethod
+    def island(cls, layer):
+        operation = getattr(layer, "operation", layer)
+        return f"{type(operation).__name__} has no integer form here"
+
+    def compute(self, inputs, training, mask):
+        inputs = keras.tree.map_structure(apart, inputs)
+        form = _ISLANDS.get(type(self.layer.operation)) if becomes_integers() else None
+        y = form(self.layer.operation, *self.layer.arguments(inputs)) if form else None
+        return keras.tree.map_structure(apart, self.layer.run(inputs) if y is None else y)
+
+    def leave(self, y, training):
+        def rounded(x):
+            return QuantizedOperator.leave(self, x, training) if x.dtype.is_floating else x
+
+        return keras.tree.map_structure(rounded, y)
+
+
+def _rolled(operation, x):
+    """Returns what `keras.ops.roll` does, of operators that LiteRT has."""
+    if not isinstance(operation.axis, int) or not isinstance(operation.shift, int):
+        return None
+    axis = operation.axis % len(x.shape)
+    first = -operation.shift % x.shape[axis]
+    parts = tf.split(x, (first, x.shape[axis] - first), axis)
+    return tf.concat(parts[::-1], axis)
+
+
+def _error_function(operation, x):
+    """Returns erf(x) to 1.5e-7: Abramowitz and Stegun, Handbook of Mathematical Functions, 7.1.26."""
+    t = 1.0 / (1.0 + 0.3275911 * tf.abs(x))
+    y = 0.0
+    for factor in (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592):
+        y = (y + factor) * t
+    return tf.sign(x) * (1.0 - y * tf.exp(-x * x))
+
+
+# Operators that LiteRT does not have, made of some that it has.
+_ISLANDS = {math_ops.Erf: _error_function, numpy_ops.Roll: _rolled}
+
+
+@keras.saving.register_keras_serializable(package="accel_tf")
+class QuantizedIndex(QuantizedIsland):
+    """Runs an operator that makes positions or truth values of numbers, such as an argmax.
+
+    Args:
+        layer: An `accel_tf.layers.Operator`.
+        scheme, quantize_inputs, output, activation, kwargs: As for `QuantizedLayer`.
+    """
+
+    def compute(self, inputs, training, mask):
+        operation = self.layer.operation
+        if function := _POSITIONS.get(type(operation)):
+            # Keras tells -0.0 from 0.0, which integers are not.
+            return _position(function, inputs, operation.axis, operation.keepdims)
+        return super().compute(inputs, training, mask)
+
+
+_POSITIONS = {numpy_ops.Argmax: tf.argmax, numpy_ops.Argmin: tf.argmin}
+
+
+def _position(function, x, axis, keepdims):
+    """Returns where a tensor has its largest or smallest value, as Keras does."""
+    rank = len(x.shape)
+    flat = tf.reshape(x, (-1,)) if axis is None else x
+    y = function(flat, axis=axis or 0, output_type=tf.int32)
+    if not keepdims:
+        return y
+    return tf.reshape(y, (1,) * rank) if axis is None else tf.expand_dims(y, axis)
 
 
 @keras.saving.register_keras_serializable(package="accel_tf")

@@ -85,9 +85,25 @@ def frozen() -> bool:
     return _mode.get() in ("freeze", "freeze to integers", "float")
 
 
+@contextlib.contextmanager
+def evaluated():
+    """While it is entered, a model that is being converted computes numbers at once, not in its graph."""
+    with tf.init_scope() if frozen() else contextlib.nullcontext():
+        yield
+
+
 def becomes_integers() -> bool:
     """Whether a converter makes integer operators of the model now."""
     return _mode.get() == "freeze to integers"
+
+
+def apart(x):
+    """Returns a tensor that is in float where a converter makes integers, and `x` otherwise.
+
+    Left alone, the converter computes the operators behind `x` on the grid of `x`, and those before
+    `x` on the grid of what comes behind them, also where these operators need floats.
+    """
+    return x * (1 + 2.0**-23) if becomes_integers() and x.dtype.is_floating else x
 
 
 def passes() -> bool:

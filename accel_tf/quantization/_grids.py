@@ -82,14 +82,12 @@ class Sums(NamedTuple):
         integers = half_away(exact / tf.where(known, step, 1.0))
         return tf.cast(tf.where(known, integers * step, exact), tf.float32)
 
-    def with_bias(self, variable):
-        """Returns these sums with a bias, and this on their grid, in the shape of the variable."""
-        value = tf.cast(variable.value, tf.float32)
-        if self.limit.shape[0] != variable.shape.num_elements():
-            return self, value  # shared by several channels
-        flat = tf.reshape(value, (-1,))
-        rounded = self.round(flat)
-        return self._replace(bias=flat, rounded=rounded), tf.reshape(rounded, value.shape)
+    def with_bias(self, value):
+        """Returns these sums with a bias, and this bias on their grid, in its own shape."""
+        if self.limit.shape[0] != value.shape.num_elements():
+            return self, unequal(value)  # shared by several channels
+        sums, rounded = self.plus(tf.reshape(value, (-1,)))
+        return sums, tf.reshape(rounded, value.shape)
 
     def times(self, factor):
         """Returns the sums when each channel is multiplied by a factor."""
@@ -99,8 +97,32 @@ class Sums(NamedTuple):
     def plus(self, offset):
         """Returns the sums with an offset in their bias, and what to add to them for it."""
         bias = self.bias + offset
-        rounded = self.round(bias)
+        # As the converter adds both parts up, in float32.
+        total = self.rounded + (self.round(bias) - self.rounded)
+        rounded = unequal(total, self.rounded)
         return self._replace(bias=bias, rounded=rounded), rounded - self.rounded
+
+
+def unequal(bias, part=0.0):
+    """Returns a bias whose numbers are not all equal, unless they are 0 or there is only one.
+
+    A converter stores equal numbers as one, and then rounds this number with the scale of the first
+    channel for all channels. The last number is moved by less than a millionth, which is far less
+    than half of any scale.
+
+    Args:
+        bias: Float tensor of any shape.
+        part: What the converter adds up to `bias` with another constant, in the shape of `bias`: the
+            difference between the numbers has to be larger than the rounding error of this sum.
+    """
+    count = bias.shape.num_elements()
+    if count < 2:
+        return bias
+    flat = tf.reshape(bias, (-1,))
+    size = tf.maximum(tf.abs(bias), tf.abs(tf.cast(part, bias.dtype)))
+    last = tf.one_hot(count - 1, count, dtype=bias.dtype) * 2.0**-21
+    moved = bias + size * tf.reshape(last, bias.shape)
+    return tf.where(tf.reduce_all(flat == flat[0]), moved, bias)
 
 
 def half_away(x):

@@ -36,8 +36,8 @@ def note(layer, inputs, y):
 
 
 def joins(layer) -> bool:
-    """Whether a layer or operator is a concatenation."""
-    return _KERNELS.get(type(_operation(layer))) is _concatenation
+    """Whether the inputs of a layer or operator share the grid of its output in a file."""
+    return type(_operation(layer)) in _JOINING
 
 
 def _operation(layer):
@@ -106,7 +106,7 @@ def _mean(operation, *inputs):
     return steps
 
 
-def _concatenation(operation, *inputs):
+def _concatenation(operation, *inputs, join=tf.concat):
     """What comes from a kernel is rounded once, here; what is on a grid already goes to another."""
 
     def in_steps(x, to):
@@ -114,11 +114,22 @@ def _concatenation(operation, *inputs):
             return steps(to)
         return _moved(x, operation, to) if has_grid(x) else x * (1 / to.step)
 
-    return lambda to: tf.concat([in_steps(x, to) for x in inputs], operation.axis)
+    return lambda to: join([in_steps(x, to) for x in inputs], operation.axis)
+
+
+def _extreme(operation, *inputs, choose):
+    """As a concatenation, its inputs are on the grid of its output, each rounded there."""
+
+    def in_steps(x, to):
+        if isinstance(x, tf.Tensor) and has_grid(x):
+            return tf.round(_moved(x, operation, to))
+        return tf.round(x * (1 / to.step))
+
+    return lambda to: choose(*(in_steps(x, to) for x in inputs))
 
 
 def moved(x, layer, quantizer):
-    """Returns a tensor for a concatenation in a file, whose inputs share the grid of its output.
+    """Returns a tensor for a layer in a file whose inputs share the grid of its output, see `joins`.
 
     Left alone, the converter would move a tensor to this grid for all of its readers, and by an operator
     that takes 8 bits of the ratio of both steps. A product with a constant does it for this one, with
@@ -126,7 +137,7 @@ def moved(x, layer, quantizer):
 
     Args:
         x: An input of the concatenation.
-        layer: The concatenation, a layer or operator.
+        layer: The layer or operator.
         quantizer: The `FakeQuantize` of its output.
     """
     if not has_grid(x):
@@ -198,10 +209,17 @@ def _saturated(x):
     return tf.clip_by_value(x, -(2.0**15), 2.0**15 - 1)
 
 
+_MAXIMUM = functools.partial(_extreme, choose=tf.maximum)
+_MINIMUM = functools.partial(_extreme, choose=tf.minimum)
+_STACK = functools.partial(_concatenation, join=tf.stack)
 _KERNELS = {
     **dict.fromkeys([_L.Add, numpy_ops.Add], _sum),
     **dict.fromkeys([_L.Subtract, numpy_ops.Subtract], functools.partial(_sum, sign=-1.0)),
     **dict.fromkeys([_L.Multiply, numpy_ops.Multiply], _product),
     **dict.fromkeys([_L.GlobalAveragePooling1D, _L.GlobalAveragePooling2D], _mean),
     **dict.fromkeys([_L.Concatenate, numpy_ops.Concatenate], _concatenation),
+    numpy_ops.Stack: _STACK,
+    **dict.fromkeys([_L.Maximum, numpy_ops.Maximum], _MAXIMUM),
+    **dict.fromkeys([_L.Minimum, numpy_ops.Minimum], _MINIMUM),
 }
+_JOINING = {t for t, k in _KERNELS.items() if k in (_concatenation, _STACK, _MAXIMUM, _MINIMUM)}

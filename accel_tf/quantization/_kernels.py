@@ -3,6 +3,9 @@
 import keras
 import tensorflow as tf
 
+from accel_tf.quantization._fake import evaluated, frozen
+from accel_tf.quantization._grids import unequal
+
 _L = keras.layers
 
 
@@ -44,8 +47,10 @@ def einsum_dense(layer, x, kernel, factor=None):
     y = tf.reshape(x, (-1, rows)) @ tf.reshape(tf.cast(kernel, x.dtype), (rows, columns))
     tail = tuple(kernel.shape[n:])
     if layer.bias is not None:
-        bias = tf.broadcast_to(tf.cast(layer.bias.value, y.dtype), tail)
-        y += tf.reshape(bias, (columns,))
+        with evaluated():
+            bias = tf.reshape(tf.broadcast_to(layer.bias.value, tail), (columns,))
+            bias = unequal(bias) if frozen() else bias
+        y += tf.cast(bias, y.dtype)
     if factor is not None:
         y *= factor  # Here it is folded into the kernel.
     return layer.activation(unflatten(y, x, len(x.shape) - n, tail))
@@ -64,21 +69,51 @@ def dense(layer, x):
     return unflatten(layer(tf.reshape(x, (-1, x.shape[-1]))), x, len(x.shape) - 1, (layer.units,))
 
 
-def dilated(layer, x, kernel):
-    """Runs a dilated convolution as one kernel; Keras would take the image apart for it."""
+def is_apart(layer, x) -> bool:
+    """Whether Keras runs a convolution of `x` in a form that no converter makes one kernel of.
+
+    Keras compiles a grouped convolution on its own, where a converter loses sight of its layer, takes
+    the image of a dilated convolution apart, and adds the bias of a 1-D convolution behind a reshape,
+    past which the converter does not fuse the bias of a single channel.
+    """
+    if isinstance(layer, _L.Conv1DTranspose):
+        return x.shape[1] is not None  # The length of the output is a constant of the kernel.
+    if isinstance(layer, _L.Conv2DTranspose):
+        return False
+    return len(x.shape) == 3 or max(getattr(layer, "groups", 1), *layer.dilation_rate) > 1
+
+
+def convolution(layer, x, kernel):
+    """Runs a convolution for which `is_apart` holds as one kernel with its bias."""
     kernel = tf.cast(kernel, x.dtype)
     row = len(x.shape) == 3  # 1-D: an image of one row
     if row:
         x, kernel = x[:, None], kernel[None]
-    strides, rates = ((*v, *v)[-2:] for v in (layer.strides, layer.dilation_rate))
-    x, padding = pad_causal(layer, x)
-    if isinstance(layer, _L.DepthwiseConv1D | _L.DepthwiseConv2D):
-        y = tf.nn.depthwise_conv2d(x, kernel, (1, *strides, 1), padding, dilations=rates)
+    if isinstance(layer, _L.Conv1DTranspose | _L.Conv2DTranspose):
+        y = _transposed(layer, x, kernel)
     else:
-        y = tf.nn.conv2d(x, kernel, strides, padding, dilations=rates)
+        y = _convolved(layer, x, kernel)
     if layer.use_bias:
         y += tf.cast(layer.bias.value, y.dtype)
     return layer.activation(tf.squeeze(y, 1) if row else y)
+
+
+def _transposed(layer, x, kernel):
+    """Returns the transposed convolution of an image of one row."""
+    length = layer.compute_output_shape((None, *x.shape[2:]))[1]
+    return tf.nn.conv2d_transpose(
+        *(x, kernel, (tf.shape(x)[0], 1, length, kernel.shape[-2])),
+        *((1, *layer.strides), layer.padding.upper()),
+        dilations=(1, *layer.dilation_rate),
+    )
+
+
+def _convolved(layer, x, kernel):
+    strides, rates = ((*v, *v)[-2:] for v in (layer.strides, layer.dilation_rate))
+    x, padding = pad_causal(layer, x)
+    if isinstance(layer, _L.DepthwiseConv1D | _L.DepthwiseConv2D):
+        return tf.nn.depthwise_conv2d(x, kernel, (1, *strides, 1), padding, dilations=rates)
+    return tf.nn.conv2d(x, kernel, strides, padding, dilations=rates)
 
 
 def pad_causal(layer, x):

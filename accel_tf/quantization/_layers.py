@@ -11,14 +11,22 @@ import tensorflow as tf
 
 from accel_tf import _keras
 from accel_tf.quantization import _activations, _preserve
-from accel_tf.quantization._fake import FakeQuantize, becomes_integers, frozen, is_unrounded
-from accel_tf.quantization._grids import Sums, grid_of, note_sums
+from accel_tf.quantization._fake import (
+    FakeQuantize,
+    apart,
+    becomes_integers,
+    evaluated,
+    frozen,
+    is_unrounded,
+)
+from accel_tf.quantization._grids import Sums, grid_of, has_grid, note_sums, unequal
 from accel_tf.quantization._integers import joins, moved, note
 from accel_tf.quantization._kernels import (
     channel_axes,
+    convolution,
     dense,
-    dilated,
     einsum_dense,
+    is_apart,
     pad_causal,
 )
 from accel_tf.quantization._weights import limits_of_channels, round_like_activations, round_weights
@@ -133,9 +141,10 @@ class QuantizedLayer(keras.layers.Wrapper):
         if not any(self.quantize_inputs):
             return inputs
         tensors = keras.tree.flatten(inputs)
-        for i, (needed, quantize) in enumerate(
-            zip(self.quantize_inputs, self.input_quantizers, strict=True)
-        ):
+        # A mask among them has no range.
+        places = [i for i, x in enumerate(tensors) if x.dtype != tf.bool]
+        flags = zip(places, self.quantize_inputs, self.input_quantizers, strict=True)
+        for i, needed, quantize in flags:
             if needed == "weight":
                 tensors[i] = round_like_activations(tensors[i], self.scheme)
             elif quantize is not None:
@@ -179,20 +188,38 @@ class QuantizedLayer(keras.layers.Wrapper):
 
         `None` where no bias is to be rounded: in training, and where a step is unknown.
         """
-        grid = None if training or frozen() or is_unrounded() else grid_of(x)
         scheme = self.scheme
-        if grid is None or scheme.weight_type == "float" or scheme.group_size is not None:
+        if training or is_unrounded() or not has_grid(x) or _preserve.clusters_of(variable):
             return None
-        if _preserve.clusters_of(variable):
+        if scheme.weight_type == "float" or scheme.group_size is not None:
             return None
-        limits = limits_of_channels(tf.cast(rounded, tf.float32), axes)
-        return Sums(grid.exact_step, tf.reshape(limits, (-1,)), 2 ** (scheme.weight_bits - 1) - 1)
+        with evaluated():
+            limits = tf.reshape(limits_of_channels(tf.cast(rounded, tf.float32), axes), (-1,))
+            return Sums(grid_of(x).exact_step, limits, 2 ** (scheme.weight_bits - 1) - 1)
+
+    def bias(self, variable, sums):
+        """Returns the values of a bias as the runtime adds them, and its sums with this bias.
+
+        Args:
+            variable: The bias.
+            sums: What `sums` returned.
+        """
+        if sums is None and not frozen():
+            return variable.value, None
+        with evaluated():
+            value = tf.cast(variable.value, tf.float32)
+            if sums is None:
+                return unequal(value), None
+            sums, value = sums.with_bias(value)
+            return value, sums
 
     def compute(self, inputs, training, mask):
         """Returns the layer's output, before any activation that was split from it."""
         name = _activations.name_of(self.layer)
         if name in _activations.APPLIED:
             return _activations.apply(name, inputs, self.on_grid(training))
+        if name in _activations.FLOAT:
+            return apart(call_layer(self.layer, apart(inputs), training, mask))
         inputs = self.on_one_grid(inputs)
         y = call_layer(self.layer, inputs, training, mask)
         if any(m is not None for m in keras.tree.flatten(mask)) and takes(self.layer, "mask"):
@@ -203,7 +230,9 @@ class QuantizedLayer(keras.layers.Wrapper):
         """Returns the inputs, those of a concatenation as a file needs them, see `moved`."""
         if not becomes_integers() or self.output_quantizer is None or not joins(self.layer):
             return inputs
-        return [moved(x, self.layer, self.output_quantizer) for x in inputs]
+        return keras.tree.map_structure(
+            lambda x: moved(x, self.layer, self.output_quantizer), inputs
+        )
 
     def noted(self, inputs, y):
         """Returns `y`, the output for `inputs`, with how the runtime computes it noted on it."""
@@ -261,10 +290,10 @@ class QuantizedWeights(QuantizedLayer):
         kernel, axes = self.layer.kernel, channel_axes(self.layer)
         rounded = self.rounded(kernel, axes)
         values = [(kernel, rounded)]
-        sums, bias = self.sums(inputs, kernel, rounded, axes, training), self.layer.bias
-        if sums and bias is not None:
-            sums, on_grid = sums.with_bias(bias)
-            values.append((bias, on_grid))
+        sums = self.sums(inputs, kernel, rounded, axes, training)
+        if self.layer.bias is not None:
+            bias, sums = self.bias(self.layer.bias, sums)
+            values.append((self.layer.bias, bias))
         with keras.StatelessScope(state_mapping=values):
             y = self._run(inputs, rounded)
         return note_sums(y, sums) if sums else y
@@ -275,10 +304,8 @@ class QuantizedWeights(QuantizedLayer):
             return dense(layer, x)
         if isinstance(layer, _L.EinsumDense):
             return einsum_dense(layer, x, kernel)
-        # Keras compiles a grouped convolution apart, where a converter loses sight of its layer, and
-        # takes the image of a dilated one apart. Only so does that train on every processor.
-        apart = max(getattr(layer, "groups", 1), *getattr(layer, "dilation_rate", (1,))) > 1
-        return dilated(layer, x, kernel) if frozen() and apart else layer(x)
+        # Keras's own form trains on every processor, but is not always one kernel of a converter.
+        return convolution(layer, x, kernel) if frozen() and is_apart(layer, x) else layer(x)
 
 
 @keras.saving.register_keras_serializable(package="accel_tf")
@@ -299,21 +326,19 @@ class QuantizedSeparable(QuantizedLayer):
         layer, dtype = self.layer, inputs.dtype
         row = len(inputs.shape) == 3  # 1-D: an image of one row
         x = inputs[:, None] if row else inputs
-        depthwise = tf.cast(self.rounded(layer.depthwise_kernel, (-2, -1)), dtype)
-        pointwise = tf.cast(self.rounded(layer.pointwise_kernel), dtype)
-        if row:
-            depthwise, pointwise = depthwise[None], pointwise[None]
+        first, second = layer.depthwise_kernel, layer.pointwise_kernel
+        kernels = self.rounded(first, (-2, -1)), self.rounded(second)
+        depthwise, pointwise = (tf.cast(k[None] if row else k, dtype) for k in kernels)
         strides = (*layer.strides, *layer.strides)[-2:]  # TensorFlow takes equal ones only.
         rates = (*layer.dilation_rate, *layer.dilation_rate)[-2:]
         x, padding = pad_causal(layer, x)
-        kernel = layer.depthwise_kernel
-        sums = self.sums(inputs, kernel, depthwise, (-2, -1), training)
+        sums = self.sums(inputs, first, kernels[0], (-2, -1), training)
         x = tf.nn.depthwise_conv2d(x, depthwise, (1, *strides, 1), padding, dilations=rates)
         x = self.on_grid(training)("depthwise", note_sums(x, sums) if sums else x)
         y = tf.nn.conv2d(x, pointwise, 1, "VALID")
-        sums = self.sums(x, layer.pointwise_kernel, pointwise, (-1,), training)
+        sums = self.sums(x, second, kernels[1], (-1,), training)
         if layer.use_bias:
-            sums, bias = sums.with_bias(layer.bias) if sums else (None, layer.bias.value)
+            bias, sums = self.bias(layer.bias, sums)
             y += tf.cast(bias, dtype)
         y = layer.activation(tf.squeeze(y, 1) if row else y)
         return note_sums(y, sums) if sums else y

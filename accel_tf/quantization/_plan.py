@@ -10,7 +10,7 @@ import keras
 
 from accel_tf import layers as graphs
 from accel_tf import report
-from accel_tf.quantization import _activations, _affine, _layers, _preserve, _same_grid
+from accel_tf.quantization import _activations, _affine, _composite, _layers, _preserve, _same_grid
 from accel_tf.quantization._rules import OWN_IDENTITY, Rule, obstacle, rule_of
 from accel_tf.quantization._schemes import Mixed, Scheme, matches
 
@@ -139,8 +139,11 @@ class Plan:
     def _plan(self, call, given, graph) -> tuple[Step | None, int | None]:
         """Returns the step for a call whose inputs have `given` bits, and the bits of its output."""
         layer, scheme = call.layer, self.scheme_of(call.layer)
-        if not _has_float(call.outputs):
-            return None, None  # an index, a mask or a string
+        if not _has_float(call.outputs):  # an index, a mask or a string
+            reads_floats = not isinstance(layer, keras.Layer) and _has_float(call.inputs)
+            if reads_floats and scheme and scheme.activation_bits:
+                return Step(_composite.QuantizedIndex, scheme), None
+            return None, None
         if self._is_constant(call):
             # Computed beforehand, and put on a grid by what it meets.
             self._constants.update(id(t) for t in call.outputs)

@@ -7,7 +7,8 @@ are, and then all steps at once are computed again from the states that it went 
 import keras
 import tensorflow as tf
 
-from accel_tf.quantization._fake import applying, frozen, is_observing
+from accel_tf.quantization._fake import applying, evaluated, frozen, is_observing
+from accel_tf.quantization._grids import unequal
 from accel_tf.quantization._kernels import unflatten
 from accel_tf.quantization._layers import QuantizedLayer
 
@@ -118,12 +119,14 @@ class _Step:
 
     def __init__(self, cell, recurrent, dtype):
         self.recurrent = tf.cast(recurrent, dtype)
-        self.input_bias = tf.cast(cell.bias.value, dtype) if cell.use_bias else 0.0
         self.after = getattr(cell, "reset_after", False)
-        if self.after and cell.use_bias:
-            self.input_bias, self.recurrent_bias = tf.unstack(self.input_bias)
-        else:
-            self.recurrent_bias = 0.0
+        self.input_bias = self.recurrent_bias = 0.0
+        if cell.use_bias:
+            with evaluated():
+                biases = tf.unstack(cell.bias.value) if self.after else [cell.bias.value]
+                biases = [unequal(bias) if frozen() else bias for bias in biases]
+            self.input_bias, *rest = (tf.cast(bias, dtype) for bias in biases)
+            self.recurrent_bias = rest[0] if rest else 0.0
 
     def product(self, h):
         """The product of a state, (batch, units) or (batch, steps, units), and the kernel."""

@@ -107,7 +107,7 @@ def rewrite(model, scheme, exclude, verb) -> keras.Model:
         )
     layers = graphs.walk(model)
     paths = [path for path, v in layers if not isinstance(v, keras.layers.InputLayer)]
-    scheme_at = schemes_by_path(scheme, exclude, paths)
+    scheme_at = schemes_by_path(scheme, exclude, [*paths, *_operators(model)])
     _require_floats(model, scheme_at, verb)
 
     def graph(path, layer):
@@ -148,6 +148,17 @@ def rewrite(model, scheme, exclude, verb) -> keras.Model:
     _copy_weights(plan, inner, new_model)
     report.attach(new_model, _report(verb, model, plan, inner, _preserve.keep(new_model)))
     return new_model
+
+
+def _operators(model, prefix=""):
+    """Yields the paths of the operators between the layers of a model and of the models in it."""
+    if not graphs.has_graph(model):
+        return  # which has no graph of operators
+    for call in graphs.calls(model):
+        if not isinstance(call.layer, keras.Layer):
+            yield prefix + call.layer.name
+        else:
+            yield from _operators(call.layer, f"{prefix}{call.layer.name}/")
 
 
 def _require_floats(model, scheme_at, verb):

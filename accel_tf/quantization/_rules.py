@@ -6,7 +6,8 @@ from typing import NamedTuple
 import keras
 from keras.src.applications.convnext import LayerScale, StochasticDepth
 from keras.src.applications.inception_resnet_v2 import CustomScaleLayer
-from keras.src.ops import nn as nn_ops  # Keras exports the functions, not the operations.
+from keras.src.ops import core as core_ops  # Keras exports the functions, not the operations.
+from keras.src.ops import nn as nn_ops
 from keras.src.ops import numpy as numpy_ops
 
 from accel_tf.quantization import _activations, _affine, _composite, _layers, _recurrent, _same_grid
@@ -79,6 +80,7 @@ RULES: dict[type, Rule] = {
     _L.MultiHeadAttention: Rule("weights", _composite.QuantizedAttention),
     **dict.fromkeys(_layers_of("LSTM", "GRU", "SimpleRNN"), _RECURRENT),
     **dict.fromkeys([_L.Add, _L.Subtract, _L.Multiply], _SUM),
+    **dict.fromkeys([_L.Maximum, _L.Minimum], _ARITHMETIC),
     CustomScaleLayer: Rule("arithmetic", _composite.QuantizedScaledSum, fuses=True),
     **dict.fromkeys(
         _layers_of("Concatenate", "GlobalAveragePooling1D", "GlobalAveragePooling2D"), _ARITHMETIC
@@ -151,6 +153,7 @@ RULES: dict[type, Rule] = {
             "MaxPooling3D",
             "AveragePooling3D",
             "GroupNormalization",
+            "Masking",
             "RMSNormalization",
             "UnitNormalization",
         ),
@@ -158,7 +161,21 @@ RULES: dict[type, Rule] = {
     ),
     **dict.fromkeys([numpy_ops.Add, numpy_ops.Subtract], Rule("arithmetic", _OPERATOR, fuses=True)),
     **dict.fromkeys(
-        [numpy_ops.Multiply, numpy_ops.Matmul, numpy_ops.Mean, numpy_ops.Concatenate],
+        [
+            numpy_ops.Absolute,
+            numpy_ops.Abs,
+            numpy_ops.Concatenate,
+            numpy_ops.Divide,
+            numpy_ops.Exp,
+            numpy_ops.Matmul,
+            numpy_ops.Maximum,
+            numpy_ops.Mean,
+            numpy_ops.Minimum,
+            numpy_ops.Multiply,
+            numpy_ops.Negative,
+            numpy_ops.Stack,
+            numpy_ops.TrueDivide,
+        ],
         Rule("arithmetic", _OPERATOR),
     ),
     **dict.fromkeys(
@@ -174,13 +191,31 @@ RULES: dict[type, Rule] = {
     ),
     **dict.fromkeys(
         [
+            core_ops.ConvertToTensor,
+            numpy_ops.Max,
+            numpy_ops.Min,
+            numpy_ops.Split,
+            numpy_ops.Swapaxes,
+        ],
+        Rule("grid", _composite.QuantizedGridOperator),
+    ),
+    **dict.fromkeys(
+        [
+            nn_ops.Elu,
+            nn_ops.Gelu,
+            nn_ops.HardSigmoid,
+            nn_ops.HardSilu,
+            nn_ops.LeakyRelu,
+            nn_ops.LogSigmoid,
+            nn_ops.LogSoftmax,
             nn_ops.Relu,
             nn_ops.Relu6,
+            nn_ops.Selu,
             nn_ops.Sigmoid,
             nn_ops.Silu,
             nn_ops.Softmax,
-            nn_ops.Gelu,
-            nn_ops.HardSilu,
+            nn_ops.Softplus,
+            nn_ops.Softsign,
             numpy_ops.Tanh,
         ],
         Rule("activation", _OPERATOR),
@@ -188,10 +223,36 @@ RULES: dict[type, Rule] = {
 }
 
 
+_ISLAND = Rule("arithmetic", _composite.QuantizedIsland)
+
+
 def rule_of(layer) -> Rule | None:
-    """Returns the rule for a layer or operator, `None` if there is none."""
+    """Returns the rule for a layer or operator, `None` if there is none.
+
+    An operator without a rule of its own computes in float between quantized tensors.
+    """
     rule = RULES.get(type(layer))
+    if type(layer) in _CHAINS and _terms(layer) > 2:
+        return None  # The integer kernels take two tensors, see `graph_of`.
+    if not isinstance(layer, keras.Layer):
+        by_tensor = type(layer) in _DIVISIONS and _terms(layer) > 1
+        return _ISLAND if rule is None or by_tensor else rule
     return _IDENTITY if rule is _ACTIVATION and _activations.name_of(layer) == "linear" else rule
+
+
+# Layers that combine any number of tensors, by the operator that combines two.
+_CHAINS = {
+    _L.Add: keras.ops.add,
+    _L.Maximum: keras.ops.maximum,
+    _L.Minimum: keras.ops.minimum,
+    _L.Multiply: keras.ops.multiply,
+}
+_DIVISIONS = (numpy_ops.Divide, numpy_ops.TrueDivide)
+
+
+def _terms(layer) -> int:
+    """Returns how many tensors a layer or operator is called with at most; 0 if it is in no graph."""
+    return max((len(node.input_tensors) for node in layer._inbound_nodes), default=0)
 
 
 def graph_of(layer):
@@ -201,6 +262,8 @@ def graph_of(layer):
     """
     if isinstance(layer, _L.Average):
         return lambda tensors: functools.reduce(keras.ops.add, tensors) * (1 / len(tensors))
+    if type(layer) in _CHAINS:
+        return lambda tensors: functools.reduce(_CHAINS[type(layer)], tensors)
     if isinstance(layer, _L.Bidirectional):
         return functools.partial(_both_ways, layer)
     if isinstance(layer, _L.TimeDistributed) and isinstance(layer.layer, _L.Dense):
