@@ -35,13 +35,13 @@ def quantize_aware(
             embedding, normalization, activation, merging, pooling, padding, resizing and
             reshaping layers, and the operators of `keras.ops` between layers, such as `x + y`. An
             operator without an integer form computes in float between quantized tensors, and the
-            report names it. A layer of
-            your own is taken apart if its `call` is made of such layers, of weights and of
-            `keras.ops`, and computes the same in training, but for what its layers do then.
+            report names it. A layer of your own is taken apart if its `call` is made of such layers,
+            of weights and of `keras.ops`, and computes the same in training, but for what its layers
+            do then.
         scheme: The number format, `Int8()` if not given; `Mixed` for several.
-        exclude: Paths of layers and operators to leave in float, as `accel_tf.report_of` shows them; `*` and `?`
-            are wildcards, and a nested model's path excludes all of it. How a runtime computes
-            them is up to its converter; see `accel_tf.export.litert`.
+        exclude: Paths of layers and operators to leave in float, as `accel_tf.report_of` shows
+            them; `*` and `?` are wildcards, and a nested model's path excludes all of it. How a
+            runtime computes them is up to its converter; see `accel_tf.export.litert`.
 
     Returns:
         A new model of the same class, not compiled, with the layers' names kept. A process that
