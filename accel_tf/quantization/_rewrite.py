@@ -41,13 +41,15 @@ def quantize_aware(
             is not changed, and nothing is shared with it. The layers of Keras are known but for a
             few: dense, convolutional (transposed, depthwise, separable), recurrent, attention,
             embedding, normalization, activation, merging, pooling, padding, resizing and
-            reshaping layers, and the common operators such as `x + y` between layers. A layer of
-            your own is taken apart if its `call` is made of such layers, of weights and of
-            `keras.ops`, and computes the same in training, but for what its layers do then.
+            reshaping layers, and the operators of `keras.ops` between layers, such as `x + y`. An
+            operator without an integer form computes in float between quantized tensors, and the
+            report names it. A layer of your own is taken apart if its `call` is made of such layers,
+            of weights and of `keras.ops`, and computes the same in training, but for what its layers
+            do then.
         scheme: The number format, `Int8()` if not given; `Mixed` for several.
-        exclude: Paths of layers to leave in float, as `accel_tf.report_of` shows them; `*` and `?`
-            are wildcards, and a nested model's path excludes all of it. How a runtime computes
-            them is up to its converter; see `accel_tf.export.litert`.
+        exclude: Paths of layers and operators to leave in float, as `accel_tf.report_of` shows
+            them; `*` and `?` are wildcards, and a nested model's path excludes all of it. How a
+            runtime computes them is up to its converter; see `accel_tf.export.litert`.
         verify: Whether to compare the new model, with nothing rounded, with `model` on a few samples
             made from its input specification.
 
