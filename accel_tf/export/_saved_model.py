@@ -16,11 +16,16 @@ from accel_tf.quantization._fake import freezing
 def saved_model(
     model: keras.Model, path: str | os.PathLike, *, batch_size: int | None = None
 ) -> pathlib.Path:
-    """Writes the inference of `model` as a SavedModel folder, which needs neither Keras nor accel_tf.
+    """Writes the inference of `model` as a SavedModel folder, which needs TensorFlow alone.
 
     The weights are constants of the graph and the ranges of a quantized model are fixed, so the
     folder computes what `model(x, training=False)` does and cannot be trained on. float16
     computation is exported as float32. To save a model for training use `model.save`.
+
+    The folder of a model from `accel_tf.sparsify` needs the compiled operator of accel_tf as well:
+    `import accel_tf.sparse` before `tf.saved_model.load`, and TensorFlow Serving has to be built with
+    it. The dense form, which needs TensorFlow alone, is the folder of the model that `sparsify` was
+    given.
 
     Args:
         model: Any functional or sequential Keras model; a subclassed one is written by Keras'

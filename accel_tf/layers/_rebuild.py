@@ -9,7 +9,7 @@ from accel_tf.layers._operator import Operator
 from accel_tf.layers._walk import Functional, require_model, walk
 
 
-def anew(layer: keras.Layer, path: str, **changes) -> keras.Layer:
+def anew(layer: keras.Layer, path: str, /, **changes) -> keras.Layer:
     """Returns a layer made of the configuration of another, not built.
 
     Args:
