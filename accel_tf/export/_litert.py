@@ -53,7 +53,9 @@ def litert(
         model: Any Keras model.
         path: Where to write; usually ends in `.tflite`.
         batch_size: Fixes the number of inputs per run; with `None` the file takes any number, by
-            `resize_tensor_input`.
+            `resize_tensor_input`. With a number, recurrent layers of a float model stay loops; with
+            `None` they are unrolled, so that the file grows with the number of time steps, which has
+            to be known. Recurrent layers of `Int8` and of weights-only schemes are always loops.
         allow_float: Whether operators may compute in float that the schemes want in integers, such
             as those of layers that were excluded. Inputs and outputs are float32 then. The
             converter computes an excluded layer in int8 all the same where it can.

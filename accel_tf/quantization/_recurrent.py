@@ -112,7 +112,7 @@ class QuantizedRecurrent(QuantizedLayer):
         every, nothing = self.layer.return_sequences, [self._nothing(name) for name in step.states]
         states = after(step(on_grid, product[:, 0], None), nothing, 0)
         first = states[0][:, None]
-        if length == 1:
+        if product.shape[1] == 1:
             return first if every else states[0]
         # Apart from the state, as LiteRT cannot return a variable of a loop that nothing reads.
         outputs = tf.tile(first, (1, length - 1, 1)) if every else first
