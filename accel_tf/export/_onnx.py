@@ -111,6 +111,13 @@ def onnx(
     _rename(proto.graph, model)
     _shrink_weights(proto.graph, schemes)
     _without_erfc(proto.graph)
+    _require_operators(proto, model)
+    path.write_bytes(proto.SerializeToString())
+    return path
+
+
+def _require_operators(proto, model):
+    """Raises a ValueError if ONNX does not have an operator of the file."""
     try:
         onnx_module("onnx.checker").check_model(proto)
     except Exception as error:
@@ -118,8 +125,6 @@ def onnx(
             f"An operator of model {model.name!r} has no counterpart in ONNX"
             f"{_missing(str(error), model)}: {str(error)[:500]}"
         ) from error
-    path.write_bytes(proto.SerializeToString())
-    return path
 
 
 def _missing(message, model) -> str:
