@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import warnings
 
 import keras
 import tensorflow as tf
@@ -41,6 +42,9 @@ def saved_model(
         ValueError: The model is quantized but has seen no data, or a fixed batch size is asked of
             a subclassed model.
 
+    Warns:
+        UserWarning: The folder needs operators of accel_tf.
+
     Example:
 
     >>> import tempfile, keras, tensorflow as tf
@@ -78,4 +82,17 @@ def saved_model(
         served = module.serve.get_concrete_function(**signature)
         options = tf.saved_model.SaveOptions(experimental_custom_gradients=False)
         tf.saved_model.save(module, str(path), signatures=served, options=options)
+    _warn_of_own_operators(graph, model)
     return path
+
+
+def _warn_of_own_operators(graph, model):
+    """Warns if a graph contains operators that TensorFlow alone does not have."""
+    own = {op.type for op in graph.graph.get_operations() if op.type.startswith("AccelTf")}
+    if own:
+        warnings.warn(
+            f"The folder of {model.name!r} needs {', '.join(sorted(own))}, which TensorFlow alone does "
+            "not have: import accel_tf.sparse before tf.saved_model.load. Export the model that "
+            "sparsify was given for a folder that needs TensorFlow alone.",
+            stacklevel=3,
+        )

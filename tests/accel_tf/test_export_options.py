@@ -89,3 +89,16 @@ def test_a_type_that_does_not_fit_is_an_error(tmp_path):
     quantized = at.calibrate(model, np.ones((4, 6), "float32"), verbose=0)
     with pytest.raises(ValueError, match="'float32' or 'int8' or 'uint8'"):
         at.export.litert(quantized, tmp_path / "m.tflite", io_dtype="int16")
+
+
+def test_a_folder_that_needs_the_sparse_operator_says_so(tmp_path):
+    model = keras.Sequential([keras.Input((64,)), L.Dense(64)])
+    kernel = np.random.default_rng(0).normal(size=(64, 64)) * (np.arange(64) % 16 == 0)
+    model.layers[0].kernel.assign(kernel)
+    sparse = at.sparsify(model, min_sparsity=0.5)
+    x = np.ones((2, 64), "float32")
+    with pytest.warns(UserWarning, match="needs AccelTfSparseMatMul.*import accel_tf.sparse"):
+        path = at.export.saved_model(sparse, tmp_path / "m")
+    assert at.export.verify(sparse, path, x).sqnr > 100
+    with pytest.raises(ValueError, match=r"no operator for AccelTfSparseMatMul \(in dense\)"):
+        at.export.litert(sparse, tmp_path / "m.tflite")
