@@ -37,7 +37,7 @@ def frozen_graph(model, batch_size: int | None = None):
         packed = tensors[0] if single else keras.tree.pack_sequence_as(model.input, tensors)
         return model(packed, training=False)
 
-    with intercepted(graphs.walk(model), _within):
+    with intercepted(graphs.walk(model), _within), plain_errors():
         graph = tf.function(forward, autograph=False).get_concrete_function(*specs)
     return convert_variables_to_constants_v2(graph)
 
@@ -47,16 +47,49 @@ def has_graph(model) -> bool:
     return isinstance(model, (keras.Sequential, Functional))
 
 
+_POLICIES = ("float16", "bfloat16", "float64", "mixed_float16", "mixed_bfloat16")
+
+
 def plain(model):
     """Returns a model that computes in float32 and lives on no distribution strategy."""
     policies = {layer.compute_dtype for _, layer in graphs.walk(model)}
     mirrored = any(isinstance(v.value, tf.distribute.DistributedValues) for v in model.variables)
     if policies <= {"float32", None} and not mirrored:
         return model
-    copy = graphs.rebuild(model, lambda path, layer: None)
-    for _, layer in graphs.walk(copy):
+    made = []
+
+    def replace(path, layer):
+        made.append((layer, graphs.anew(layer, path, **_in_float32(layer.get_config()))))
+        return made[-1][1]
+
+    copy = graphs.rebuild(model, replace)
+    for old, new in made:
+        _carry_over(old, new)
+    for layer in (copy, *(layer for _, layer in graphs.walk(copy))):
         layer.dtype_policy = "float32"
     return copy
+
+
+def _in_float32(config):
+    """Returns a configuration with float32 for each data type policy of other floats, nested ones too."""
+    if isinstance(config, dict):
+        return {key: _in_float32(value) for key, value in config.items()}
+    if isinstance(config, (list, tuple)):
+        return type(config)(map(_in_float32, config))
+    return "float32" if isinstance(config, str) and config in _POLICIES else config
+
+
+def _carry_over(old, new):
+    """Gives a layer, and the layers in it, the state of another one of the same configuration."""
+    pairs = zip((old, *_within_layer(old)), (new, *_within_layer(new)), strict=True)
+    for a, b in pairs:
+        store = {}
+        a.save_own_variables(store)
+        b.load_own_variables(store)
+
+
+def _within_layer(layer):
+    return (part for _, part in graphs.walk(layer))
 
 
 def scope(path: str) -> str:
@@ -100,6 +133,18 @@ def intercepted(layers, make):
                 object.__setattr__(layer, "call", call)
 
 
+@contextlib.contextmanager
+def plain_errors():
+    """While it is entered, Keras raises errors of a layer as they are, without terminal colours."""
+    filtered = keras.config.is_traceback_filtering_enabled()
+    keras.config.disable_traceback_filtering()
+    try:
+        yield
+    finally:
+        if filtered:
+            keras.config.enable_traceback_filtering()
+
+
 def _within(path, call):
     """Names what a layer computes after it; Keras' own scopes get numbers."""
 
@@ -113,16 +158,60 @@ def _within(path, call):
 
 @contextlib.contextmanager
 def unrolled(model):
-    """While it is entered, recurrent layers are unrolled: TensorFlow's lists of steps do not convert."""
-    layers = [layer for _, layer in graphs.walk(model) if isinstance(layer, keras.layers.RNN)]
-    before = [layer.unroll for layer in layers]
-    for layer in layers:
+    """While it is entered, recurrent layers are unrolled: TensorFlow's lists of steps do not convert.
+
+    A layer that goes backwards is computed as one that goes forwards through the reversed sequence.
+    Keras' own unrolled form zeroes its outputs by the mask in the order of the input, which is wrong.
+
+    Raises:
+        ValueError: A layer takes sequences of any length.
+    """
+    layers = {
+        path: layer for path, layer in graphs.walk(model) if isinstance(layer, keras.layers.RNN)
+    }
+    backwards = {path: layer for path, layer in layers.items() if layer.go_backwards}
+    before = {path: layer.unroll for path, layer in layers.items()}
+    for layer in layers.values():
         layer.unroll = True
     try:
-        yield
+        with (
+            intercepted(backwards.items(), lambda path, call: _reversed(layers[path], call)),
+            intercepted(layers.items(), _of_known_length),
+        ):
+            yield
     finally:
-        for layer, unroll in zip(layers, before, strict=True):
-            layer.unroll = unroll
+        for path, layer in layers.items():
+            layer.unroll = before[path]
+
+
+def _of_known_length(path, call):
+    def checked(sequences, *args, **kwargs):
+        if keras.tree.flatten(sequences)[0].shape[1] is None:
+            raise ValueError(
+                f"Layer {path!r} takes sequences of any length, and a file without a loop needs to "
+                "know the number of time steps. Pass batch_size=1 to accel_tf.export.litert, which "
+                "then keeps the loop, or give the model's input a length: keras.Input((100, 8))."
+            )
+        return call(sequences, *args, **kwargs)
+
+    return checked
+
+
+def _reversed(layer, call):
+    def backwards(sequences, initial_state=None, mask=None, **kwargs):
+        sequences, mask = keras.tree.map_structure(_last_first, (sequences, mask))
+        layer.go_backwards = False
+        try:
+            return call(sequences, initial_state=initial_state, mask=mask, **kwargs)
+        finally:
+            layer.go_backwards = True
+
+    return backwards
+
+
+def _last_first(x):
+    """Returns a tensor with its time steps in reverse order, `None` for `None`."""
+    return None if x is None else tf.stack(tf.unstack(x, axis=1)[::-1], axis=1)
 
 
 def schemes_by_scope(model) -> dict:

@@ -16,8 +16,17 @@ from accel_tf._litert import quiet
 from accel_tf._litert_file import read_litert, with_output_keys
 from accel_tf._litert_schema import litert_module, operator_name
 from accel_tf.export import _weights
-from accel_tf.export._graph import frozen_graph, has_graph, named_outputs, plain, scope, unrolled
+from accel_tf.export._graph import (
+    frozen_graph,
+    has_graph,
+    named_outputs,
+    nearest,
+    plain,
+    scope,
+    unrolled,
+)
 from accel_tf.export._inspect import Known, LiteRTFile, inspect, layer_of
+from accel_tf.export._loops import integer_loops
 from accel_tf.quantization import FakeQuantize, QuantizedLayer
 from accel_tf.quantization._fake import floating, freezing
 from accel_tf.quantization._rules import rule_of
@@ -33,6 +42,7 @@ def litert(
     allow_float: bool = False,
     data=None,
     sparse: bool = False,
+    io_dtype: str | None = None,
 ) -> LiteRTFile:
     """Writes `model` as a LiteRT file and inspects what was written.
 
@@ -53,7 +63,9 @@ def litert(
         model: Any Keras model.
         path: Where to write; usually ends in `.tflite`.
         batch_size: Fixes the number of inputs per run; with `None` the file takes any number, by
-            `resize_tensor_input`.
+            `resize_tensor_input`. With a number, recurrent layers of a float model stay loops; with
+            `None` they are unrolled, so that the file grows with the number of time steps, which has
+            to be known. Recurrent layers of `Int8` and of weights-only schemes are always loops.
         allow_float: Whether operators may compute in float that the schemes want in integers, such
             as those of layers that were excluded. Inputs and outputs are float32 then. The
             converter computes an excluded layer in int8 all the same where it can.
@@ -62,6 +74,11 @@ def litert(
         sparse: Whether to store Dense kernels whose zeros come in blocks of 4 or 16 inputs of one
             output (`accel_tf.pruning.Block`) as sparse, which LiteRT multiplies faster. For float
             models.
+        io_dtype: The data type of the inputs and outputs of an `Int8` model: `"uint8"` for a program
+            that feeds images as they are, `"float32"` for one that knows of no quantization. By
+            default it is `"int8"`, and `"int16"` for `Int16x8`. Inputs of indices stay int32. Whether
+            weights have a scale per channel or per tensor is no option here: the model rounds
+            them, and the file has to equal the model.
 
     Returns:
         What the file contains, as from `inspect_litert`.
@@ -70,7 +87,7 @@ def litert(
         ValueError: The model is quantized but has seen no data; an operator did not become an
             integer one although `allow_float` is false (the message names them; no file is left
             behind); the schemes cannot be mixed; `data` is missing; no kernel is sparse in blocks;
-            or the converter failed.
+            `io_dtype` does not fit the schemes; or the converter failed.
         ImportError: ai_edge_litert, which reads the file back, is not installed.
 
     Example:
@@ -86,7 +103,7 @@ def litert(
     graphs.require_model(model, "litert")
     litert_module("schema_py_generated")  # Missing? Then say so before the work, not after.
     path = pathlib.Path(path)
-    plan = _Plan(model, allow_float, data, sparse)
+    plan = _Plan(model, allow_float, data, sparse, io_dtype)
     content = plan.convert(batch_size)
     if plan.weights_only:
         content = _weights.shrink(content, plan.weights_only, allow_float)
@@ -114,8 +131,8 @@ class _Plan:
         weights_only: The schemes of layers whose weights alone are quantized, by scope.
     """
 
-    def __init__(self, model, allow_float, data, sparse):
-        self.model, self.data, self.sparse = model, data, sparse
+    def __init__(self, model, allow_float, data, sparse, io_dtype):
+        self.model, self.data, self.sparse, self.io_dtype = model, data, sparse, io_dtype
         layers = list(graphs.walk(model))
         wrapped = {path: layer for path, layer in layers if isinstance(layer, QuantizedLayer)}
         integer = {type(w.scheme).__name__: w for w in wrapped.values() if w.scheme.activation_bits}
@@ -127,7 +144,9 @@ class _Plan:
             if not layer.scheme.activation_bits and layer.rounds_weights
         }
         self.known = _known(layers, wrapped)
-        self.float_io = allow_float or bool(self.weights_only)
+        floats = allow_float or bool(self.weights_only)
+        self.float_io = floats or io_dtype == "float32"
+        self._check_io(floats)
         self._check(list(wrapped.values()), list(integer))
 
     def _check(self, wrapped, integer):
@@ -152,6 +171,18 @@ class _Plan:
                 "sparse kernels are those of float32. Export it without sparse, or the float model."
             )
 
+    def _check_io(self, floats):
+        """Raises a ValueError if inputs and outputs cannot be of the type that is asked for."""
+        known = ["float32"]
+        if self.quantized and not floats:
+            known += ["int16"] if self.wide else ["int8", "uint8"]
+        if self.io_dtype not in (None, *known):
+            raise ValueError(
+                f"io_dtype={self.io_dtype!r} does not fit: the schemes of {self.model.name!r} and "
+                f"allow_float let it be {' or '.join(map(repr, known))}. For integers, quantize all "
+                "of the model: accel_tf.calibrate(model, data, accel_tf.Int8())."
+            )
+
     def convert(self, batch_size) -> bytes:
         """Returns the content of the file, weights-only schemes left aside."""
         entered = floating() if self.wide else freezing(integers=True)
@@ -159,13 +190,11 @@ class _Plan:
             try:
                 converter = _converter(plain(self.model), batch_size, folder)
                 self._configure(converter)
-                return converter.convert()
+                return integer_loops(converter.convert())
             except Exception as error:
-                unknown = set(re.findall(r"'tf\.(\w+)' op is neither a custom op", str(error)))
                 why = (
-                    f"LiteRT has no operator for {', '.join(sorted(unknown))}. Compute without."
-                    if unknown
-                    else f"{str(error)[-500:]}\n{log()[-1000:]}"
+                    _without_kernel(str(error), self.known)
+                    or f"{str(error)[-500:]}\n{log()[-1000:]}"
                 )
                 raise ValueError(
                     f"TensorFlow's converter to LiteRT failed on model {self.model.name!r}: {why}"
@@ -181,8 +210,8 @@ class _Plan:
             converter.representative_dataset = lambda: _samples(self.model, self.data)
             converter.target_spec.supported_ops = [_INT16, tf.lite.OpsSet.TFLITE_BUILTINS]
         if not self.float_io:
-            kind = tf.int16 if self.wide else tf.int8
-            converter.inference_input_type = converter.inference_output_type = kind
+            kind = self.io_dtype or ("int16" if self.wide else "int8")
+            converter.inference_input_type = converter.inference_output_type = tf.as_dtype(kind)
 
     def require_integers(self, found):
         """Raises a ValueError if an operator computes in float and no layer says that it should."""
@@ -210,6 +239,34 @@ def _known(layers, wrapped) -> dict[str, Known]:
             entry = Known(path, _why_float(layer) if wrapped else "")
         known[scope(path)] = entry
     return known
+
+
+# What to write instead of operators of TensorFlow that LiteRT does not have.
+_INSTEAD = {
+    "BitwiseAnd": "tf.argmax(x, axis) or tf.argmin(x, axis) in a layer of your own; those of keras.ops "
+    "tell -0.0 from 0.0 by its bits",
+    "Erf": "an approximation in tanh, such as keras.ops.gelu(x, approximate=True) for gelu",
+    "Roll": "keras.ops.concatenate([x[:, -n:], x[:, :-n]], axis=1) for keras.ops.roll(x, n, axis=1)",
+    "AccelTfSparseMatMul": "the dense model, which is the one that was given to accel_tf.sparsify",
+}
+
+
+def _without_kernel(message, known) -> str:
+    """Returns which operators have no kernel, in which layers, and what to write; `""` if all have."""
+    missing = dict.fromkeys(re.findall(r"'tf\.(\w+)' op is neither a custom op", message))
+    if not missing:
+        return ""
+    places = re.findall(r'fused\["(\w+):", "([^"@]+)', message)
+    lines = []
+    for name in missing:
+        scopes = {nearest(place, known) for kind, place in places if kind == name}
+        paths = sorted(known[found].path for found in scopes if found)
+        where = f"in {report.shorten(paths)}" if paths else "between layers"
+        instead = _INSTEAD.get(name, "operators that LiteRT has")
+        lines.append(f"LiteRT has no operator for {name} ({where}). Write {instead}.")
+    return " ".join(
+        [*lines, "Or export with accel_tf.export.saved_model, which has all operators."]
+    )
 
 
 def _why_float(layer) -> str:

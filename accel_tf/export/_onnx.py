@@ -3,6 +3,7 @@
 import importlib
 import os
 import pathlib
+import re
 
 import keras
 import numpy as np
@@ -18,6 +19,7 @@ from accel_tf.export._graph import (
     output_names,
     plain,
     schemes_by_scope,
+    scope,
     unrolled,
 )
 from accel_tf.export._litert import require_data
@@ -98,7 +100,7 @@ def onnx(
             with unrolled(model):
                 graph = frozen_graph(model, batch_size)
             proto, _ = convert.from_graph_def(
-                graph.graph.as_graph_def(),
+                _without_xla(graph.graph.as_graph_def()),
                 input_names=[t.name for t in graph.inputs],
                 output_names=[t.name for t in graph.outputs],
                 opset=opset,
@@ -110,14 +112,46 @@ def onnx(
     _rename(proto.graph, model)
     _shrink_weights(proto.graph, schemes)
     _without_erfc(proto.graph)
+    _require_operators(proto, model)
+    path.write_bytes(proto.SerializeToString())
+    return path
+
+
+def _require_operators(proto, model):
+    """Raises a ValueError if ONNX does not have an operator of the file."""
     try:
         onnx_module("onnx.checker").check_model(proto)
     except Exception as error:
         raise ValueError(
-            f"An operator of model {model.name!r} has no counterpart in ONNX: {str(error)[:500]}"
+            f"An operator of model {model.name!r} has no counterpart in ONNX"
+            f"{_missing(str(error), model)}: {str(error)[:500]}"
         ) from error
-    path.write_bytes(proto.SerializeToString())
-    return path
+
+
+def _missing(message, model) -> str:
+    """Returns the operator that a message of the checker is about, its layer, and the way out."""
+    paths = {scope(path): path for path, _ in graphs.walk(model)}
+    found = re.search(r"Name: (\S+) OpType: (\w+)", message)
+    if not found:
+        return ""
+    owner = nearest(found[1], paths)
+    where = f"layer {paths[owner]!r}" if owner else "between layers"
+    return (
+        f" ({found[2]}, {where}). Write operators that ONNX has instead, such as tf.argmax(x, axis) in "
+        "a layer of your own for keras.ops.argmax, or use accel_tf.export.saved_model"
+    )
+
+
+def _without_xla(graph):
+    """Returns a graph whose functions may all be inlined.
+
+    Keras compiles a grouped convolution with XLA, because TensorFlow cannot train it on every CPU, and
+    TensorFlow inlines no function that XLA has to compile.
+    """
+    for owner in (*graph.node, *graph.library.function):
+        for name in ("_XlaMustCompile", "_noinline"):
+            owner.attr.pop(name, None)
+    return graph
 
 
 def onnx_module(name):

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import warnings
 
 import keras
 import tensorflow as tf
@@ -16,11 +17,16 @@ from accel_tf.quantization._fake import freezing
 def saved_model(
     model: keras.Model, path: str | os.PathLike, *, batch_size: int | None = None
 ) -> pathlib.Path:
-    """Writes the inference of `model` as a SavedModel folder, which needs neither Keras nor accel_tf.
+    """Writes the inference of `model` as a SavedModel folder, which needs TensorFlow alone.
 
     The weights are constants of the graph and the ranges of a quantized model are fixed, so the
     folder computes what `model(x, training=False)` does and cannot be trained on. float16
     computation is exported as float32. To save a model for training use `model.save`.
+
+    The folder of a model from `accel_tf.sparsify` needs the compiled operator of accel_tf as well:
+    `import accel_tf.sparse` before `tf.saved_model.load`, and TensorFlow Serving has to be built with
+    it. The dense form, which needs TensorFlow alone, is the folder of the model that `sparsify` was
+    given.
 
     Args:
         model: Any functional or sequential Keras model; a subclassed one is written by Keras'
@@ -35,6 +41,9 @@ def saved_model(
     Raises:
         ValueError: The model is quantized but has seen no data, or a fixed batch size is asked of
             a subclassed model.
+
+    Warns:
+        UserWarning: The folder needs operators of accel_tf.
 
     Example:
 
@@ -73,4 +82,17 @@ def saved_model(
         served = module.serve.get_concrete_function(**signature)
         options = tf.saved_model.SaveOptions(experimental_custom_gradients=False)
         tf.saved_model.save(module, str(path), signatures=served, options=options)
+    _warn_of_own_operators(graph, model)
     return path
+
+
+def _warn_of_own_operators(graph, model):
+    """Warns if a graph contains operators that TensorFlow alone does not have."""
+    own = {op.type for op in graph.graph.get_operations() if op.type.startswith("AccelTf")}
+    if own:
+        warnings.warn(
+            f"The folder of {model.name!r} needs {', '.join(sorted(own))}, which TensorFlow alone does "
+            "not have: import accel_tf.sparse before tf.saved_model.load. Export the model that "
+            "sparsify was given for a folder that needs TensorFlow alone.",
+            stacklevel=3,
+        )

@@ -11,7 +11,7 @@ from accel_tf.layers._state import copy_state
 from accel_tf.layers._walk import calls, has_graph, require_model, walk
 
 
-def anew(layer: keras.Layer, path: str, **changes) -> keras.Layer:
+def anew(layer: keras.Layer, path: str, /, **changes) -> keras.Layer:
     """Returns a layer made of the configuration of another, not built.
 
     Args:

@@ -97,6 +97,11 @@ def require_model(model, verb: str) -> None:
         model: What the user passed.
         verb: The verb that needs it, for the message.
     """
+    if keras.backend.backend() != "tensorflow":
+        raise ValueError(
+            f"{verb} works on TensorFlow, and Keras runs on {keras.backend.backend()!r}. Set "
+            'os.environ["KERAS_BACKEND"] = "tensorflow" before keras is imported.'
+        )
     if not isinstance(model, keras.Model):
         legacy = type(model).__module__.startswith(("tf_keras", "tensorflow.python.keras"))
         hint = (

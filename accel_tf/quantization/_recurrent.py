@@ -7,7 +7,13 @@ are, and then all steps at once are computed again from the states that it went 
 import keras
 import tensorflow as tf
 
-from accel_tf.quantization._fake import applying, evaluated, frozen, is_observing
+from accel_tf.quantization._fake import (
+    applying,
+    becomes_integers,
+    evaluated,
+    frozen,
+    is_observing,
+)
 from accel_tf.quantization._grids import unequal
 from accel_tf.quantization._kernels import unflatten
 from accel_tf.quantization._layers import QuantizedLayer
@@ -19,8 +25,8 @@ _L = keras.layers
 class QuantizedRecurrent(QuantizedLayer):
     """Runs an LSTM, GRU or SimpleRNN on the integer grid.
 
-    The product of all inputs with the kernel is one; in a file the steps follow one another without
-    a loop, so their number must be known there.
+    The product of all inputs with the kernel is one. In a LiteRT file the time steps are a loop of
+    integers; in any other file they follow one another, so their number must be known there.
 
     Args:
         layer: The recurrent layer.
@@ -41,19 +47,26 @@ class QuantizedRecurrent(QuantizedLayer):
         step = _STEPS[type(layer)](layer.cell, self.rounded(layer.cell.recurrent_kernel), x.dtype)
         flat = tf.reshape(x, (-1, x.shape[2])) @ kernel + step.input_bias
         product = on_grid("input_product", unflatten(flat, x, 2, (kernel.shape[1],)))
-        if frozen():
-            return self._unrolled(step, product, mask)
         if layer.go_backwards:
-            product = tf.reverse(product, [1])
-            mask = None if mask is None else tf.reverse(mask, [1])
+            product, mask = _last_first(product), mask if mask is None else _last_first(mask)
+        if frozen():
+            y = (self._looped if becomes_integers() else self._unrolled)(step, product, mask)
+        else:
+            y = self._observed(step, product, mask, training)
+        if mask is not None and layer.return_sequences and layer.zero_output_for_mask:
+            y = self.on_grid(False)("state", tf.where(mask[..., None], y, self._nothing("state")))
+        return y
+
+    def _observed(self, step, product, mask, training):
+        """Returns the output of a loop, and lets the ranges of all its time steps be observed."""
         with applying():
             states = self._loop(step, product, mask, self.on_grid(False))
         if is_observing(training):
             start = [tf.zeros_like(s[:, :1]) for s in states]
             before = [tf.concat([a, s[:, :-1]], 1) for a, s in zip(start, states, strict=True)]
             product, *before = (tf.stop_gradient(t) for t in (product, *before))
-            step(on_grid, product, before)
-        return states[0] if layer.return_sequences else states[0][:, -1]
+            step(self.on_grid(training), product, before)
+        return states[0] if self.layer.return_sequences else states[0][:, -1]
 
     def _loop(self, step, product, mask, on_grid):
         """Returns the states after each step, (batch, steps, units) each."""
@@ -81,17 +94,50 @@ class QuantizedRecurrent(QuantizedLayer):
         )
         return [tf.transpose(r.stack(), (1, 0, 2)) for r in records]
 
+    def _looped(self, step, product, mask):
+        """Returns the output of a loop whose variables are tensors on a grid, for a file."""
+        on_grid, length = self.on_grid(False), product.shape[1] or tf.shape(product)[1]
+
+        def same(states):
+            # Nothing is left to round; it tells the converter that the grid is the same.
+            return [on_grid(name, s) for name, s in zip(step.states, states, strict=True)]
+
+        def after(new, old, t):
+            if mask is None:
+                return new
+            keep = tf.gather(mask, t, axis=1)[:, None]
+            return same([tf.where(keep, a, b) for a, b in zip(new, old, strict=True)])
+
+        def body(t, states, outputs):
+            states = same(states)
+            states = after(step(on_grid, tf.gather(product, t, axis=1), states), states, t)
+            last, past = states[0][:, None], on_grid(step.states[0], outputs)
+            if every:  # The oldest goes, as no list that grows converts.
+                last = tf.concat([past[:, 1:], last], 1)
+            return t + 1, states, last
+
+        every, nothing = self.layer.return_sequences, [self._nothing(name) for name in step.states]
+        states = after(step(on_grid, product[:, 0], None), nothing, 0)
+        first = states[0][:, None]
+        if product.shape[1] == 1:
+            return first if every else states[0]
+        # Apart from the state, as LiteRT cannot return a variable of a loop that nothing reads.
+        outputs = tf.tile(first, (1, length - 1, 1)) if every else first
+        *_, outputs = tf.while_loop(lambda t, *_: t < length, body, (1, states, outputs))
+        outputs = on_grid(step.states[0], outputs)
+        return tf.concat([first, outputs], 1) if every else outputs[:, 0]
+
     def _unrolled(self, step, product, mask):
         if product.shape[1] is None:
             raise ValueError(
-                f"Layer {self.name!r} ({type(self.layer).__name__}) takes sequences of any length; "
-                "in a file of integers the number of steps is fixed. Give the model's input a length."
+                f"Layer {self.name!r} ({type(self.layer).__name__}) takes sequences of any length, "
+                "and a file without a loop needs to know the number of time steps. Give the model's "
+                "input a length: keras.Input((100, 8))."
             )
         on_grid, states, outputs = self.on_grid(False), None, []
         products = tf.unstack(product, axis=1)
         masks = [None] * len(products) if mask is None else tf.unstack(mask, axis=1)
-        order = slice(None, None, -1 if self.layer.go_backwards else 1)
-        for x, keep in zip(products[order], masks[order], strict=True):
+        for x, keep in zip(products, masks, strict=True):
             new = step(on_grid, x, states)
             if keep is not None:
                 old = states or [self._nothing(name) for name in step.states]
@@ -104,8 +150,15 @@ class QuantizedRecurrent(QuantizedLayer):
 
     def _nothing(self, name):
         """Returns a state of zeros, once it is rounded to the grid `name`."""
+        if self.grids[name] is None or not frozen():
+            return tf.zeros((1, self.layer.units), self.compute_dtype)
         # The converter shares equal constants, and then takes them to be on one grid. These differ.
         return tf.fill((1, self.layer.units), 1e-3 * self.grids[name].scale)
+
+
+def _last_first(x):
+    """Returns a tensor (batch, steps, …) with its time steps in reverse order."""
+    return x[:, ::-1] if becomes_integers() else tf.reverse(x, [1])
 
 
 class _Step:
