@@ -1,0 +1,323 @@
+"""Every verb on random models: the function is preserved, or the error is a documented one.
+
+A failure names the model as `random_model(seed, size)`; a smaller size gives a part of the model.
+"""
+
+import inspect
+import pathlib
+import tempfile
+import traceback
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from hypothesis import Phase, given, note, settings
+from hypothesis import strategies as st
+from random_inputs import SAMPLES, STARTING
+from random_layers import FAMILIES, Draw
+from random_models import (
+    LEFT_OUT,
+    MASK_WARNING,
+    arrays_of,
+    random_model,
+    run,
+    sqnr,
+)
+
+import accel_tf as at
+from accel_tf._litert import quiet
+from accel_tf.export._runtimes import runtime_of
+
+L = keras.layers
+pytestmark = pytest.mark.filterwarnings(f"ignore:{MASK_WARNING}")
+
+# In dB, to the original model. float64 models are exported and fused in float32, too.
+LOSSLESS = {"float32": 100, "float64": 100, "mixed_float16": 45}
+# How much worse than TensorFlow's own quantization a quantized model or file may be, in dB.
+MARGIN = 3
+# What stands in an error that some other library raised, or that nobody was meant to read.
+RAW = ("zip()", "loc(", "NoneType", "object has no attribute", "KerasTensor", "\x1b[")
+
+
+# The verbs: each returns a model or the path of a file, which is to compute what the model does.
+
+
+def fuse(model, x, folder):
+    return at.fuse(model)
+
+
+def sparsify(model, x, folder):
+    return at.sparsify(model, min_sparsity=0.5)
+
+
+def rebuild(model, x, folder):
+    return at.layers.rebuild(model, lambda path, layer: None)
+
+
+def functional(model, x, folder):
+    return at.layers.functional(model, x)
+
+
+def prune(model, x, folder):
+    at.prune(model, at.ConstantSparsity(0.0))
+    at.strip_pruning(model)
+    return model
+
+
+def cluster(model, x, folder):
+    at.cluster(model, 2**14)
+    at.strip_clustering(model)
+    return model
+
+
+def remove_channels(model, x, folder):
+    at.mask_channels(model, 0.5)
+    return at.remove_channels(model)
+
+
+def litert(model, x, folder):
+    at.export.litert(model, folder / "float.tflite")
+    return folder / "float.tflite"
+
+
+def litert_of_one(model, x, folder):
+    at.export.litert(model, folder / "one.tflite", batch_size=1)
+    return folder / "one.tflite"
+
+
+def onnx(model, x, folder):
+    return at.export.onnx(model, folder / "float.onnx")
+
+
+def saved_model(model, x, folder):
+    return at.export.saved_model(model, folder / "saved")
+
+
+def fused_and_saved(model, x, folder):
+    return _reloaded(at.fuse(model), folder)
+
+
+def sparsified_and_saved(model, x, folder):
+    return _reloaded(at.sparsify(model, min_sparsity=0.5), folder)
+
+
+def _reloaded(model, folder):
+    model.save(folder / "model.keras")
+    return keras.models.load_model(folder / "model.keras")
+
+
+IN_MEMORY = (fuse, sparsify, rebuild, functional, prune, cluster, remove_channels)
+FILES = (litert, litert_of_one, onnx, saved_model, fused_and_saved, sparsified_and_saved)
+
+
+def is_documented(error, model) -> bool:
+    """Whether an error was raised by accel_tf, as documented, and says where and why."""
+    if type(error) not in (ValueError, ImportError):
+        return False
+    raised_in = pathlib.Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    names = {model.name, *(layer.name for _, layer in at.layers.walk(model))}
+    names |= {call.layer.name for call in at.layers.calls(model)}
+    text = str(error)
+    return (
+        "accel_tf" in raised_in.parts[-4:]
+        and any(name in text for name in names)
+        and not any(raw in text for raw in RAW)
+    )
+
+
+def check(verb, sample) -> str:
+    """Applies a verb to a model, and compares what it made with the model as it was.
+
+    Returns:
+        `"same"`, or the message of a documented error.
+
+    Raises:
+        AssertionError: The error is no documented one, or outputs differ.
+    """
+    model, x = sample.model, sample.x
+    expected, masks = run(model, x)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            made = verb(model, x, pathlib.Path(folder))
+        except Exception as error:
+            assert is_documented(error, model), f"{sample.origin}: {verb.__name__} raised"
+            return str(error)
+        if verb is remove_channels:  # The new model computes what the masked one does.
+            expected, masks = run(model, x)
+        if isinstance(made, keras.Model):
+            got, masks_got = run(made, x)
+            assert masks_got == masks, f"{sample.origin}: {verb.__name__} changed the mask"
+        else:
+            got = arrays_of(runtime_of(made).outputs(model, keras.tree.flatten(x)))
+    assert [y.shape for y in got] == [y.shape for y in expected], sample.origin
+    decibels = [sqnr(y, z) for y, z in zip(expected, got, strict=True)]
+    assert min(decibels) >= LOSSLESS[sample.policy], f"{sample.origin}: {verb.__name__} {decibels}"
+    return "same"
+
+
+# Quantization: the reference is TensorFlow's own, on the same data.
+
+
+def _dynamic(converter, data):
+    converter.optimizations = [tf.lite.Optimize.DEFAULT]
+
+
+def _int8(converter, data):
+    _dynamic(converter, data)
+    converter.representative_dataset = data
+
+
+def _int16(converter, data):
+    _int8(converter, data)
+    wide = tf.lite.OpsSet.EXPERIMENTAL_TFLITE_BUILTINS_ACTIVATIONS_INT16_WEIGHTS_INT8
+    converter.target_spec.supported_ops = [wide, tf.lite.OpsSet.TFLITE_BUILTINS]
+
+
+def _half(converter, data):
+    _dynamic(converter, data)
+    converter.target_spec.supported_types = [tf.float16]
+
+
+# Each scheme, and how TensorFlow's converter is told the same; it has no 4-bit weights.
+SCHEMES = {
+    "int8": (at.Int8(), _int8),
+    "int16x8": (at.Int16x8(), _int16),
+    "int8 weights": (at.Int8Weights(), _dynamic),
+    "int4 weights": (at.Int4Weights(), None),
+    "float16": (at.Float16(), _half),
+}
+
+
+def reference(model, x, configure, path) -> list[np.ndarray] | None:
+    """Returns the outputs of the file that TensorFlow's converter makes; `None` if it fails."""
+    arrays = {t.name: a for t, a in zip(model.inputs, keras.tree.flatten(x), strict=True)}
+    specs = {t.name: tf.TensorSpec((1, *t.shape[1:]), t.dtype, name=t.name) for t in model.inputs}
+
+    def call(**tensors):
+        given = [tensors[t.name] for t in model.inputs]
+        outputs = model(keras.tree.pack_sequence_as(x, given), training=False)
+        return {f"output_{i}": y for i, y in enumerate(keras.tree.flatten(outputs))}
+
+    def data():
+        for i in range(SAMPLES):
+            yield {name: array[i : i + 1] for name, array in arrays.items()}
+
+    module = tf.Module()
+    module.call = tf.function(call, autograph=False)
+    try:
+        with quiet(), tempfile.TemporaryDirectory() as folder:
+            tf.saved_model.save(
+                module, folder, signatures=module.call.get_concrete_function(**specs)
+            )
+            converter = tf.lite.TFLiteConverter.from_saved_model(folder)
+            configure(converter, data)
+            path.write_bytes(converter.convert())
+        return arrays_of(at.export.run_litert(path, arrays))
+    except Exception:  # Whatever TensorFlow cannot convert is no reference.
+        return None
+
+
+def check_quantized(name, sample) -> str:
+    """Quantizes a model, writes its file, and compares both with the model; returns as `check`."""
+    model, x, what = sample.model, sample.x, f"{sample.origin}: {name}"
+    scheme, configure = SCHEMES[name]
+    expected, _ = run(model, x)
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder) / "model.tflite"
+        try:
+            quantized = at.calibrate(model, x, scheme, verbose=0)
+            at.export.litert(quantized, path, data=x if name == "int16x8" else None)
+        except Exception as error:
+            assert is_documented(error, model), f"{what} raised"
+            return str(error)
+        got, _ = run(quantized, x)
+        runner = at.export.LiteRTRunner(path)
+        filed = arrays_of(runtime_of(path).outputs(model, keras.tree.flatten(x)))
+        scales = [float(detail["quantization"][0]) for detail in runner.outputs]
+        theirs = configure and reference(model, x, configure, path)
+    np.testing.assert_array_equal(run(model, x)[0][0], expected[0])
+    for i, (y, ours, ours_filed, scale) in enumerate(
+        zip(expected, got, filed, scales, strict=True)
+    ):
+        if name == "int8" and scale:
+            assert np.abs(ours - ours_filed).max() <= 1.01 * scale, f"{what}: the file differs"
+        least = sqnr(y, theirs[i]) - MARGIN if theirs else 0
+        for kind, z in (("model", ours), ("file", ours_filed)):
+            # Less than one step of the output is as good as an int8 output gets.
+            if np.abs(y - z).max() > scale:
+                assert sqnr(y, z) >= least, f"{what}: {kind} {sqnr(y, z):.1f} dB < {least:.1f}"
+    return "same"
+
+
+# The tests. `FULL` is the number of models per verb in the long form, of which there are 18.
+
+FULL = 280
+
+
+def _property(body, count):
+    """Returns a test that calls `body` with `count` samples, the same ones in each run."""
+
+    def test(seed):
+        note(f"seed {seed}")
+        body(random_model(seed))
+
+    drawn = given(st.integers(0, 2**32 - 1))(test)
+    return settings(max_examples=count, derandomize=True, phases=[Phase.generate])(drawn)
+
+
+@pytest.mark.parametrize("verb", IN_MEMORY, ids=lambda verb: verb.__name__)
+def test_a_verb_preserves_the_function(verb):
+    _property(lambda sample: check(verb, sample), 25)()
+
+
+@pytest.mark.parametrize("verb", FILES, ids=lambda verb: verb.__name__)
+def test_a_file_computes_the_function(verb):
+    _property(lambda sample: check(verb, sample), 10)()
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_quantization_is_as_good_as_tensorflows(name):
+    _property(lambda sample: check_quantized(name, sample), 20 if name == "int8" else 7)()
+
+
+@pytest.mark.full
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("verb", IN_MEMORY + FILES, ids=lambda verb: verb.__name__)
+def test_a_verb_preserves_the_function_of_many_models(verb):
+    _property(lambda sample: check(verb, sample), FULL)()
+
+
+@pytest.mark.full
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("name", SCHEMES)
+def test_quantization_of_many_models_is_as_good_as_tensorflows(name):
+    _property(lambda sample: check_quantized(name, sample), FULL)()
+
+
+# The generator
+
+
+def test_every_layer_of_keras_is_drawn_or_left_out_for_a_reason():
+    drawn = {layer for family in FAMILIES.values() for layer in family} | set(STARTING)
+    every = {x for _, x in inspect.getmembers(L, inspect.isclass)}
+    assert every == drawn | {getattr(L, name) for name in LEFT_OUT if hasattr(L, name)}
+    assert not drawn & {getattr(L, name, None) for name in LEFT_OUT}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_table_draws_the_layers_that_it_names(family):
+    shapes = {1: (4,), 2: (6, 3), 3: (5, 5, 3), 4: (3, 4, 4, 2), 5: (2, 3, 3, 3, 2)}
+    for layer, (ranks, make) in FAMILIES[family].items():
+        start = keras.Input(shapes[ranks[-1]])
+        made = make(Draw(0), start.shape[1:])
+        model = keras.Model(start, made(start))
+        cells = [getattr(found, "cell", None) for _, found in at.layers.walk(model)]
+        assert layer in {type(found) for _, found in at.layers.walk(model)} | {*map(type, cells)}
+
+
+def test_a_seed_always_makes_the_same_model():
+    one, other = random_model(3), random_model(3)
+    assert one.model.get_config() == other.model.get_config()
+    for a, b in zip(run(one.model, one.x)[0], run(other.model, other.x)[0], strict=True):
+        np.testing.assert_array_equal(a, b)
