@@ -138,9 +138,11 @@ def _encoded(d):
     return [(tensor, array)], encoded
 
 
-STARTS = (
+PLAIN_STARTS = (
     *(_shaped(4), _shaped(6, 3), _shaped(6, 3), _shaped(5, 5, 3), _shaped(5, 5, 3)),
-    *(_shaped(3, 4, 4, 2), _shaped(2, 3, 3, 3, 2)),
-    *(_tokens, _tokens, _tokens, _normalized, _normalized, _words, _numbers, _text, _bins),
+    *(_tokens, _tokens, _tokens, _normalized, _normalized),
+)
+STARTS = (
+    *(*PLAIN_STARTS, _shaped(3, 4, 4, 2), _shaped(2, 3, 3, 3, 2), _words, _numbers, _text, _bins),
     *(_pixels, _waveform, _hashed, _crossed, _encoded),
 )

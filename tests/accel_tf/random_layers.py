@@ -16,10 +16,18 @@ OTHER_ACTIVATIONS = (
 
 
 class Draw:
-    """Random choices, all of which follow from a seed."""
+    """Random choices, all of which follow from a seed.
 
-    def __init__(self, *seed: int):
-        self.rng = np.random.default_rng(seed)
+    Args:
+        *seed: Non-negative integers.
+        only: The names of the classes of layers to choose from; by default any.
+    """
+
+    def __init__(self, *seed: int, only=None):
+        self.rng, self.only = np.random.default_rng(seed), only
+
+    def allows(self, layer) -> bool:
+        return self.only is None or layer.__name__ in self.only
 
     def chance(self, probability=0.5) -> bool:
         return bool(self.rng.random() < probability)
@@ -34,7 +42,8 @@ class Draw:
         return self.between(1, 6)
 
     def activation(self):
-        return self.one_of(*(COMMON_ACTIVATIONS if self.chance(0.8) else OTHER_ACTIVATIONS))
+        common = self.only is not None or self.chance(0.8)
+        return self.one_of(*(COMMON_ACTIVATIONS if common else OTHER_ACTIVATIONS))
 
 
 def _window(d, s):

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import keras
 import numpy as np
 import tensorflow as tf
-from random_inputs import STARTS
+from random_inputs import PLAIN_STARTS, STARTS
 from random_layers import FAMILIES, Draw
 
 import accel_tf as at
@@ -74,10 +74,11 @@ class Block(L.Layer):
     def __init__(self, units, **kwargs):
         super().__init__(**kwargs)
         self.units, self.supports_masking = units, True
-        self.norm, self.hidden = L.LayerNormalization(), L.Dense(units, activation="relu")
+        self.norm = L.LayerNormalization(dtype=self.dtype_policy)
+        self.hidden = L.Dense(units, activation="relu", dtype=self.dtype_policy)
 
     def build(self, shape):
-        self.out = L.Dense(shape[-1])
+        self.out = L.Dense(shape[-1], dtype=self.dtype_policy)
         self.factor = self.add_weight(shape=(), initializer="ones", name="factor")
         self.norm.build(shape)
         self.hidden.build(shape)
@@ -109,11 +110,11 @@ class MaskedMean(L.Layer):
 
 def layer_step(d, shape):
     """Returns a layer, or a function of layers, that takes a tensor of `shape`."""
-    fitting = {
-        name: found
-        for name, family in FAMILIES.items()
-        if (found := [make for ranks, make in family.values() if len(shape) in ranks])
-    }
+    fitting = {}
+    for name, family in FAMILIES.items():
+        for layer, (ranks, make) in family.items():
+            if len(shape) in ranks and d.allows(layer):
+                fitting.setdefault(name, []).append(make)
     return d.one_of(*fitting[d.one_of(*fitting)])(d, shape)
 
 
@@ -178,8 +179,10 @@ def _nested(d, shape):
 
 
 def _step(d, shape):
-    kinds = [layer_step] * 12 + [_custom, _operator, _residual, _residual, _twice, _twice]
-    return d.one_of(*kinds, _nested, _nested)(d, shape)
+    kinds = [layer_step] * 12 + [_residual, _twice, _nested] * 2
+    if d.only is None:
+        kinds += [_custom, _operator]
+    return d.one_of(*kinds)(d, shape)
 
 
 def _fits(tensor) -> bool:
@@ -190,28 +193,30 @@ def _fits(tensor) -> bool:
 # Models
 
 
-def random_model(seed: int, size: int | None = None) -> Sample:
+def random_model(seed: int, size: int | None = None, only=None) -> Sample:
     """Returns the model of a seed.
 
     Args:
         seed: A non-negative integer.
         size: The number of steps, for a smaller model that begins like that of the seed alone.
+        only: The names of the classes to draw layers from, for a float32 model without custom
+            layers and operators; by default all of Keras, and these.
     """
     for attempt in range(40):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", MASK_WARNING)
             warnings.filterwarnings("error", "(?s).*You are using a softmax")
-            sample = _attempt(seed, attempt, size)
+            sample = _attempt(seed, attempt, size, only)
             if _is_well_posed(sample):
                 return sample
     raise RuntimeError(f"No model of seed {seed} has finite outputs that vary.")
 
 
-def _attempt(seed, attempt, size) -> Sample:
+def _attempt(seed, attempt, size, only) -> Sample:
     keras.backend.clear_session(free_memory=False)
     keras.utils.set_random_seed(seed % 2**32)
-    d = Draw(seed, attempt, 0)
-    policy = d.one_of(*POLICIES)
+    d = Draw(seed, attempt, 0, only=only)
+    policy = d.one_of(*POLICIES) if only is None else "float32"
     before = keras.config.dtype_policy()
     keras.config.set_dtype_policy(policy)
     try:
@@ -220,15 +225,32 @@ def _attempt(seed, attempt, size) -> Sample:
         keras.config.set_dtype_policy(before)
     inputs, x = _structured(d, pairs)
     model = keras.Model(inputs, outputs)
+    if d.chance(0.7) and _is_chain(model):
+        model = keras.Sequential(model.layers)
     _set_weights(model, Draw(seed, attempt, 1))
-    return Sample(model, x, policy, f"random_model({seed}, {size})")
+    return Sample(model, x, policy, f"random_model({seed}, {size}{', QUANTIZABLE' * bool(only)})")
+
+
+def _is_chain(model) -> bool:
+    """Whether each layer is called once, on the output of the one before it and nothing else."""
+    calls = at.layers.calls(model)
+    tensors = [call.outputs for call in calls]
+    return (
+        all(isinstance(call.layer, L.Layer) for call in calls)
+        and [call.layer for call in calls] == model.layers
+        and [call.inputs for call in calls] == [(), *tensors[:-1]]
+        and not isinstance(model.input, dict | list)
+        and not isinstance(model.output, dict | list)
+        and all(not node.arguments.kwargs for x in model.layers for node in x._inbound_nodes)
+    )
 
 
 def _graph(d, size):
     """Returns the pairs of input and array, and the output, or a list or dictionary of two."""
-    pairs, x = d.one_of(*STARTS)(d)
+    starts = STARTS if d.only is None else PLAIN_STARTS
+    pairs, x = d.one_of(*starts)(d)
     steps = d.between(1, 6) if size is None else size
-    second = d.one_of(*STARTS)(d) if d.chance(0.2) and steps > 1 else None
+    second = d.one_of(*starts)(d) if d.chance(0.2) and steps > 1 else None
     first, joined = x, second is None
     for number in range(steps):
         if not joined and number == steps // 2:
@@ -331,6 +353,10 @@ def _is_well_posed(sample) -> bool:
         outputs, _ = run(sample.model, sample.x)
     except UserWarning:  # Keras says that a softmax over one channel is constant.
         return False
+    except ValueError as error:
+        if "`mask` must be broadcastable" not in str(error):
+            raise
+        return False  # Keras' Softmax takes no mask of time steps.
     except (tf.errors.NotFoundError, tf.errors.InvalidArgumentError):
         return False  # TensorFlow lacks a kernel for float16 or float64.
     for y in outputs:

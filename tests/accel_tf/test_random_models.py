@@ -5,6 +5,7 @@ A failure names the model as `random_model(seed, size)`; a smaller size gives a 
 
 import inspect
 import pathlib
+import re
 import tempfile
 import traceback
 
@@ -12,7 +13,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from hypothesis import Phase, given, note, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from random_inputs import SAMPLES, STARTING
 from random_layers import FAMILIES, Draw
@@ -37,7 +38,19 @@ LOSSLESS = {"float32": 100, "float64": 100, "mixed_float16": 45}
 # How much worse than TensorFlow's own quantization a quantized model or file may be, in dB.
 MARGIN = 3
 # What stands in an error that some other library raised, or that nobody was meant to read.
-RAW = ("zip()", "loc(", "NoneType", "object has no attribute", "KerasTensor", "\x1b[")
+RAW = ("zip()", "loc(", "NoneType", "object has no attribute", "KerasTensor", "\x1b[", ".cc:")
+# The arguments that an error may name as the way out, besides the layer where it happened.
+ARGUMENTS = ("batch_size", "exclude", "include", "allow_float", "data", "opset")
+# The layers that have an integer form.
+QUANTIZABLE = (
+    "Dense EinsumDense Conv1D Conv2D DepthwiseConv1D DepthwiseConv2D SeparableConv1D "
+    "SeparableConv2D Conv1DTranspose Conv2DTranspose BatchNormalization Rescaling "
+    "LayerNormalization MultiHeadAttention LSTM GRU SimpleRNN Bidirectional Activation ReLU Softmax "
+    "LeakyReLU ELU PReLU Add Subtract Multiply Average Concatenate Flatten Reshape Permute "
+    "RepeatVector MaxPooling1D MaxPooling2D AveragePooling1D AveragePooling2D GlobalMaxPooling1D "
+    "GlobalMaxPooling2D GlobalAveragePooling1D GlobalAveragePooling2D ZeroPadding1D ZeroPadding2D "
+    "Cropping1D Cropping2D UpSampling1D UpSampling2D Resizing Dropout Identity RandomFlip RandomCrop"
+).split()
 
 
 # The verbs: each returns a model or the path of a file, which is to compute what the model does.
@@ -56,7 +69,18 @@ def rebuild(model, x, folder):
 
 
 def functional(model, x, folder):
-    return at.layers.functional(model, x)
+    return at.layers.functional(Subclassed(model), x)
+
+
+class Subclassed(keras.Model):
+    """A model that has no graph of layers."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.built = inner, True
+
+    def call(self, x):
+        return self.inner(x)
 
 
 def prune(model, x, folder):
@@ -108,7 +132,15 @@ def _reloaded(model, folder):
 
 
 IN_MEMORY = (fuse, sparsify, rebuild, functional, prune, cluster, remove_channels)
-FILES = (litert, litert_of_one, onnx, saved_model, fused_and_saved, sparsified_and_saved)
+# The fraction of random models that a verb may refuse, each with a documented error.
+REFUSALS = {
+    **dict.fromkeys((fuse, sparsify, rebuild, functional), 0.1),
+    **dict.fromkeys((fused_and_saved, sparsified_and_saved, saved_model), 0.1),
+    # Models without kernels, without channels that nothing else needs; strings and 3-d kernels.
+    **dict.fromkeys((prune, cluster), 0.4),
+    remove_channels: 0.7,
+    **dict.fromkeys((litert, litert_of_one, onnx), 0.5),
+}
 
 
 def is_documented(error, model) -> bool:
@@ -116,13 +148,12 @@ def is_documented(error, model) -> bool:
     if type(error) not in (ValueError, ImportError):
         return False
     raised_in = pathlib.Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-    names = {model.name, *(layer.name for _, layer in at.layers.walk(model))}
+    names = {layer.name for _, layer in at.layers.walk(model)} | set(ARGUMENTS)
     names |= {call.layer.name for call in at.layers.calls(model)}
-    text = str(error)
     return (
         "accel_tf" in raised_in.parts[-4:]
-        and any(name in text for name in names)
-        and not any(raw in text for raw in RAW)
+        and any(re.search(rf"\b{re.escape(name)}\b", str(error)) for name in names)
+        and not any(raw in str(error) for raw in RAW)
     )
 
 
@@ -250,49 +281,65 @@ def check_quantized(name, sample) -> str:
     return "same"
 
 
-# The tests. `FULL` is the number of models per verb in the long form, of which there are 18.
+# The tests. In the long form there are `FULL` models for each verb and `FULL` for each scheme.
 
 FULL = 280
 
 
-def _property(body, count):
-    """Returns a test that calls `body` with `count` samples, the same ones in each run."""
+def _each(body, count, refusals, only=None):
+    """Calls `body` with `count` models, the same ones in each run.
+
+    Args:
+        refusals: The fraction of models for which the verb may raise a documented error.
+        only: As for `random_model`.
+    """
+    refused = []
 
     def test(seed):
-        note(f"seed {seed}")
-        body(random_model(seed))
+        answer = body(random_model(seed, only=only))
+        if answer != "same":
+            refused.append(answer)
 
     drawn = given(st.integers(0, 2**32 - 1))(test)
-    return settings(max_examples=count, derandomize=True, phases=[Phase.generate])(drawn)
+    settings(max_examples=count, derandomize=True, phases=[Phase.generate])(drawn)()
+    assert len(refused) <= refusals * count, "\n".join(refused)
 
 
-@pytest.mark.parametrize("verb", IN_MEMORY, ids=lambda verb: verb.__name__)
+@pytest.mark.parametrize("verb", REFUSALS, ids=lambda verb: verb.__name__)
 def test_a_verb_preserves_the_function(verb):
-    _property(lambda sample: check(verb, sample), 25)()
-
-
-@pytest.mark.parametrize("verb", FILES, ids=lambda verb: verb.__name__)
-def test_a_file_computes_the_function(verb):
-    _property(lambda sample: check(verb, sample), 10)()
-
-
-@pytest.mark.parametrize("name", SCHEMES)
-def test_quantization_is_as_good_as_tensorflows(name):
-    _property(lambda sample: check_quantized(name, sample), 20 if name == "int8" else 7)()
+    _each(lambda sample: check(verb, sample), 25 if verb in IN_MEMORY else 8, REFUSALS[verb])
 
 
 @pytest.mark.full
 @pytest.mark.timeout(7200)
-@pytest.mark.parametrize("verb", IN_MEMORY + FILES, ids=lambda verb: verb.__name__)
+@pytest.mark.parametrize("verb", REFUSALS, ids=lambda verb: verb.__name__)
 def test_a_verb_preserves_the_function_of_many_models(verb):
-    _property(lambda sample: check(verb, sample), FULL)()
+    _each(lambda sample: check(verb, sample), FULL, REFUSALS[verb])
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_quantization_is_as_good_as_tensorflows(name):
+    count = 16 if name == "int8" else 6
+    _each(lambda sample: check_quantized(name, sample), count, 0.3, QUANTIZABLE)
 
 
 @pytest.mark.full
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("name", SCHEMES)
 def test_quantization_of_many_models_is_as_good_as_tensorflows(name):
-    _property(lambda sample: check_quantized(name, sample), FULL)()
+    _each(lambda sample: check_quantized(name, sample), FULL // 2, 0.3, QUANTIZABLE)
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_any_model_is_quantized_or_refused_in_words(name):
+    _each(lambda sample: check_quantized(name, sample), 3, 1.0)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("name", SCHEMES)
+def test_any_of_many_models_is_quantized_or_refused_in_words(name):
+    _each(lambda sample: check_quantized(name, sample), FULL // 2, 1.0)
 
 
 # The generator
