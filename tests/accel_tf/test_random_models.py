@@ -192,12 +192,8 @@ def check(verb, sample) -> str:
 # Quantization: the reference is TensorFlow's own, on the same data.
 
 
-def _dynamic(converter, data):
-    converter.optimizations = [tf.lite.Optimize.DEFAULT]
-
-
 def _int8(converter, data):
-    _dynamic(converter, data)
+    converter.optimizations = [tf.lite.Optimize.DEFAULT]
     converter.representative_dataset = data
 
 
@@ -207,18 +203,15 @@ def _int16(converter, data):
     converter.target_spec.supported_ops = [wide, tf.lite.OpsSet.TFLITE_BUILTINS]
 
 
-def _half(converter, data):
-    _dynamic(converter, data)
-    converter.target_spec.supported_types = [tf.float16]
-
-
-# Each scheme, and how TensorFlow's converter is told the same; it has no 4-bit weights.
+# Each scheme, with what tells TensorFlow's converter the same, or the least SQNR in dB. TensorFlow
+# leaves kernels of less than 1,024 weights in float where activations are. The least follows from
+# WELL_POSED: rounding to float16 loses 72 dB more than to float32, to 8 bits 96 dB and to 4 bits all.
 SCHEMES = {
     "int8": (at.Int8(), _int8),
     "int16x8": (at.Int16x8(), _int16),
-    "int8 weights": (at.Int8Weights(), _dynamic),
-    "int4 weights": (at.Int4Weights(), None),
-    "float16": (at.Float16(), _half),
+    "int8 weights": (at.Int8Weights(), 14.0),
+    "int4 weights": (at.Int4Weights(), 0.0),
+    "float16": (at.Float16(), 38.0),
 }
 
 
@@ -254,7 +247,7 @@ def reference(model, x, configure, path) -> list[np.ndarray] | None:
 def check_quantized(name, sample) -> str:
     """Quantizes a model, writes its file, and compares both with the model; returns as `check`."""
     model, x, what = sample.model, sample.x, f"{sample.origin}: {name}"
-    scheme, configure = SCHEMES[name]
+    scheme, standard = SCHEMES[name]
     expected, _ = run(model, x)
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder) / "model.tflite"
@@ -265,21 +258,24 @@ def check_quantized(name, sample) -> str:
             assert is_documented(error, model), f"{what} raised"
             return str(error)
         got, _ = run(quantized, x)
-        runner = at.export.LiteRTRunner(path)
         filed = arrays_of(runtime_of(path).outputs(model, keras.tree.flatten(x)))
-        scales = [float(detail["quantization"][0]) for detail in runner.outputs]
-        theirs = configure and reference(model, x, configure, path)
-    np.testing.assert_array_equal(run(model, x)[0][0], expected[0])
-    for i, (y, ours, ours_filed, scale) in enumerate(
-        zip(expected, got, filed, scales, strict=True)
-    ):
-        if name == "int8" and scale:
-            assert np.abs(ours - ours_filed).max() <= 1.01 * scale, f"{what}: the file differs"
-        least = sqnr(y, theirs[i]) - MARGIN if theirs else 0
-        for kind, z in (("model", ours), ("file", ours_filed)):
-            # Less than one step of the output is as good as an int8 output gets.
-            if np.abs(y - z).max() > scale:
-                assert sqnr(y, z) >= least, f"{what}: {kind} {sqnr(y, z):.1f} dB < {least:.1f}"
+        details = at.export.LiteRTRunner(path).outputs
+        steps = [float(detail["quantization"][0]) for detail in details]
+        if callable(standard):
+            theirs = reference(model, x, standard, path)
+            least = [sqnr(y, z) - MARGIN for y, z in zip(expected, theirs or (), strict=False)]
+        else:
+            least = [standard] * len(expected)
+    assert all(map(np.array_equal, run(model, x)[0], expected)), f"{what} changed the model"
+    for ours, ours_filed, step in zip(got, filed, steps, strict=True):
+        off = np.abs(ours - ours_filed).max()
+        if name == "int8":  # Outputs of a float island have no steps.
+            assert off <= 1.01 * step or not step and sqnr(ours, ours_filed) > 30, f"{what}: {off}"
+    for y, bound, step, *made in zip(expected, least, steps, got, filed, strict=False):
+        for kind, z in zip(("model", "file"), made, strict=True):
+            # Less than one step of the output is as good as an integer output gets.
+            found = sqnr(y, z)
+            assert found >= bound or np.abs(y - z).max() <= step, f"{what} {kind}: {found} dB"
     return "same"
 
 
