@@ -17,16 +17,19 @@ export TF_CPP_MIN_LOG_LEVEL ?= 3
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help book test lab bench format lock clean tools browser
+.PHONY: help book test test-full lab bench format lock clean tools browser
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 book: $(INSTALLED)  ## set up, execute the chapters, build _build/html/index.html
 	@$(BIN)/python book/_ext/build.py
 
 test: $(INSTALLED) browser  ## set up, run every test: library, op, chapters, pages in a browser
 	@$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
+
+test-full: $(INSTALLED) browser  ## as test, and the long forms of tests too, which take hours
+	@$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -m "full or not full"
 
 lab: $(INSTALLED)  ## open the chapters as notebooks in JupyterLab
 	@mkdir -p $(VENV)/share/jupyter/lab/settings

@@ -279,7 +279,7 @@ def check_quantized(name, sample) -> str:
     return "same"
 
 
-# The tests. In the long form there are `FULL` models for each verb and `FULL` for each scheme.
+# The tests: 300 models, and in the long form 5,040, `FULL` for each verb and for each scheme.
 
 FULL = 280
 
@@ -310,7 +310,7 @@ def test_a_verb_preserves_the_function(verb):
     _each(
         verb.__name__,
         lambda sample: check(verb, sample),
-        25 if verb in IN_MEMORY else 8,
+        32 if verb in IN_MEMORY else 6,
         REFUSALS[verb],
     )
 
@@ -324,7 +324,7 @@ def test_a_verb_preserves_the_function_of_many_models(verb):
 
 @pytest.mark.parametrize("name", SCHEMES)
 def test_quantization_is_as_good_as_tensorflows(name):
-    count = 16 if name == "int8" else 6
+    count = 14 if name == "int8" else 4
     _each(name, lambda sample: check_quantized(name, sample), count, 0.3, QUANTIZABLE)
 
 
@@ -337,7 +337,7 @@ def test_quantization_of_many_models_is_as_good_as_tensorflows(name):
 
 @pytest.mark.parametrize("name", SCHEMES)
 def test_any_model_is_quantized_or_refused_in_words(name):
-    _each(name, lambda sample: check_quantized(name, sample), 3, 1.0)
+    _each(name, lambda sample: check_quantized(name, sample), 2, 1.0)
 
 
 @pytest.mark.full
