@@ -140,7 +140,7 @@ REFUSALS = {
     **dict.fromkeys((fused_and_saved, sparsified_and_saved, saved_model), 0.1),
     # Models without kernels, without channels that nothing else needs; strings and 3-d kernels.
     **dict.fromkeys((prune, cluster), 0.4),
-    remove_channels: 0.7,
+    remove_channels: 0.9,
     **dict.fromkeys((litert, litert_of_one, onnx), 0.5),
 }
 
