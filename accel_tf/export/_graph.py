@@ -28,6 +28,11 @@ def frozen_graph(model, batch_size: int | None = None):
         for t in model.inputs
     ]
 
+    if path := table_in(model):
+        raise ValueError(
+            f"Layer {path!r} looks its inputs up in a table, which a file of constants cannot hold. Export "
+            "the part of the model behind it, or use accel_tf.export.saved_model."
+        )
     for path, layer in graphs.walk(model):
         if isinstance(layer, QuantizedLayer):
             require_finite(layer.layer, path)
@@ -35,16 +40,19 @@ def frozen_graph(model, batch_size: int | None = None):
     def forward(*tensors):
         single = isinstance(model, keras.Sequential)
         packed = tensors[0] if single else keras.tree.pack_sequence_as(model.input, tensors)
-        return model(packed, training=False)
+        # The seeds of dropout within recurrent layers move on in inference, too; constants cannot.
+        with keras.StatelessScope():
+            return model(packed, training=False)
 
     with intercepted(graphs.walk(model), _within), plain_errors():
         graph = tf.function(forward, autograph=False).get_concrete_function(*specs)
     return convert_variables_to_constants_v2(graph)
 
 
-def has_graph(model) -> bool:
-    """Whether a model is functional or sequential, which `frozen_graph` asks for."""
-    return isinstance(model, (keras.Sequential, Functional))
+def table_in(model) -> str | None:
+    """Returns the path of the first layer that keeps a table, which no graph of constants holds."""
+    tables = (path for path, layer in graphs.walk(model) if hasattr(layer, "get_vocabulary"))
+    return next(tables, None)
 
 
 _POLICIES = ("float16", "bfloat16", "float64", "mixed_float16", "mixed_bfloat16")
@@ -59,12 +67,13 @@ def plain(model):
     made = []
 
     def replace(path, layer):
-        made.append((layer, graphs.anew(layer, path, **_in_float32(layer.get_config()))))
-        return made[-1][1]
+        new = graphs.anew(layer, path, **_in_float32(layer.get_config()))
+        made.append((layer, new, path))
+        return new
 
     copy = graphs.rebuild(model, replace)
-    for old, new in made:
-        _carry_over(old, new)
+    for old, new, path in made:
+        graphs.copy_state(old, new, path)
     for layer in (copy, *(layer for _, layer in graphs.walk(copy))):
         layer.dtype_policy = "float32"
     return copy
@@ -77,19 +86,6 @@ def _in_float32(config):
     if isinstance(config, (list, tuple)):
         return type(config)(map(_in_float32, config))
     return "float32" if isinstance(config, str) and config in _POLICIES else config
-
-
-def _carry_over(old, new):
-    """Gives a layer, and the layers in it, the state of another one of the same configuration."""
-    pairs = zip((old, *_within_layer(old)), (new, *_within_layer(new)), strict=True)
-    for a, b in pairs:
-        store = {}
-        a.save_own_variables(store)
-        b.load_own_variables(store)
-
-
-def _within_layer(layer):
-    return (part for _, part in graphs.walk(layer))
 
 
 def scope(path: str) -> str:

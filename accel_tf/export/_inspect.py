@@ -68,6 +68,7 @@ class LiteRTFile:
         size: Its size in bytes.
         inputs, outputs: The data types of the model's inputs and outputs, such as `("int8",)`.
         operators: Each `Operator` in order of execution.
+        note: How the file was checked against its model, if `accel_tf.export.litert` wrote it just now.
     """
 
     path: pathlib.Path
@@ -75,6 +76,7 @@ class LiteRTFile:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     operators: tuple[Operator, ...]
+    note: str = ""
 
     @property
     def int8_fraction(self) -> float:
@@ -98,7 +100,8 @@ class LiteRTFile:
             f"{self.path.name}: {report.human_bytes(self.size)}, {len(self.operators)} operators, "
             f"{self.int8_fraction:.0%} int8, {' '.join(self.inputs)} in, {' '.join(self.outputs)} out"
         )
-        return report.Table(("operator", "count", "kind", "inputs", "outputs"), rows, title)
+        columns = ("operator", "count", "kind", "inputs", "outputs")
+        return report.Table(columns, rows, title, self.note)
 
     @property
     def in_float(self) -> report.Table:

@@ -1,6 +1,7 @@
 """LiteRT files: the number format follows from the schemes of the model's layers."""
 
 import contextlib
+import dataclasses
 import os
 import pathlib
 import re
@@ -16,9 +17,9 @@ from accel_tf._litert import quiet
 from accel_tf._litert_file import read_litert, with_output_keys
 from accel_tf._litert_schema import litert_module, operator_name
 from accel_tf.export import _weights
+from accel_tf.export._check import require_same_file
 from accel_tf.export._graph import (
     frozen_graph,
-    has_graph,
     named_outputs,
     nearest,
     plain,
@@ -43,6 +44,7 @@ def litert(
     data=None,
     sparse: bool = False,
     io_dtype: str | None = None,
+    verify: bool = True,
 ) -> LiteRTFile:
     """Writes `model` as a LiteRT file and inspects what was written.
 
@@ -80,6 +82,9 @@ def litert(
             weights have a scale per channel or per tensor is no option here: the model rounds
             them, and the file has to equal the model.
 
+        verify: Whether to run the file on a few samples made from the input specification of `model`,
+            and to compare the outputs; the result notes how well they agree.
+
     Returns:
         What the file contains, as from `inspect_litert`.
 
@@ -87,7 +92,8 @@ def litert(
         ValueError: The model is quantized but has seen no data; an operator did not become an
             integer one although `allow_float` is false (the message names them; no file is left
             behind); the schemes cannot be mixed; `data` is missing; no kernel is sparse in blocks;
-            `io_dtype` does not fit the schemes; or the converter failed.
+            `io_dtype` does not fit the schemes; or the converter failed; or the file does not compute
+            what `model` does, which is an error in accel_tf or in the converter.
         ImportError: ai_edge_litert, which reads the file back, is not installed.
 
     Example:
@@ -119,6 +125,9 @@ def litert(
             "prune(model, ..., pattern=Block((4, 1))). No file was written."
         )
     path.write_bytes(content)
+    if verify:
+        note = require_same_file("litert", model, path, batch_size)
+        found = dataclasses.replace(found, note=note)
     return found
 
 
@@ -192,10 +201,7 @@ class _Plan:
                 self._configure(converter)
                 return integer_loops(converter.convert())
             except Exception as error:
-                why = (
-                    _without_kernel(str(error), self.known)
-                    or f"{str(error)[-500:]}\n{log()[-1000:]}"
-                )
+                why = _without_kernel(str(error), self.known) or _short(error, log())
                 raise ValueError(
                     f"TensorFlow's converter to LiteRT failed on model {self.model.name!r}: {why}"
                 ) from error
@@ -242,6 +248,17 @@ def _known(layers, wrapped) -> dict[str, Known]:
 
 
 # What to write instead of operators of TensorFlow that LiteRT does not have.
+def _short(error, log) -> str:
+    """Returns what a converter said, without the lines that TensorFlow logs at all times."""
+    if "Unsupported output type" in str(error):
+        return (
+            "an output is computed in float, as LiteRT has no integer kernel for the layer before it. Pass "
+            'io_dtype="float32".'
+        )
+    lines = f"{error}\n{log}".splitlines()
+    return "\n".join(line for line in lines if line and not re.search(r"\.cc:\d+\]", line))[:800]
+
+
 _INSTEAD = {
     "BitwiseAnd": "tf.argmax(x, axis) or tf.argmin(x, axis) in a layer of your own; those of keras.ops "
     "tell -0.0 from 0.0 by its bits",
@@ -321,7 +338,7 @@ def _require_sums(content, known):
 
 def _samples(model, data):
     """Yields the inputs one at a time, by the names that the converter knows them under."""
-    if not has_graph(model):
+    if not graphs.has_graph(model):
         raise ValueError("data= needs a functional or sequential model.")
     names = [tensor.name for tensor in model.inputs]
     if isinstance(data, dict):
@@ -338,7 +355,7 @@ def _samples(model, data):
 
 
 def _converter(model, batch_size, folder):
-    if not has_graph(model):
+    if not graphs.has_graph(model):
         if batch_size is not None:
             raise ValueError("a fixed batch size needs a functional or sequential model.")
         return tf.lite.TFLiteConverter.from_keras_model(model)

@@ -7,8 +7,7 @@ dequantizes it at its end and quantizes it again at its start, with the same par
 import flatbuffers
 import numpy as np
 
-from accel_tf._litert import litert_module
-from accel_tf.export._inspect import operator_name
+from accel_tf._litert_schema import litert_module, operator_name
 
 
 def integer_loops(content: bytes) -> bytes:

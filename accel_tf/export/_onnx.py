@@ -1,6 +1,6 @@
 """ONNX files, through tf2onnx: fake quantization becomes QuantizeLinear and DequantizeLinear."""
 
-import importlib
+import importlib.util
 import os
 import pathlib
 import re
@@ -11,9 +11,9 @@ import numpy as np
 from accel_tf import layers as graphs
 from accel_tf._litert import quiet
 from accel_tf.export import _grid
+from accel_tf.export._check import require_same_file
 from accel_tf.export._graph import (
     frozen_graph,
-    has_graph,
     input_names,
     nearest,
     output_names,
@@ -41,6 +41,7 @@ def onnx(
     *,
     batch_size: int | None = None,
     opset: int = 17,
+    verify: bool = True,
 ) -> pathlib.Path:
     """Writes `model` as an ONNX file, for onnxruntime and the other runtimes that read it.
 
@@ -58,6 +59,8 @@ def onnx(
         path: Where to write; usually ends in `.onnx`.
         batch_size: Fixes the number of inputs per run; with `None` the file takes any number.
         opset: The version of ONNX's operators, 17 or 18.
+        verify: Whether to run the file, if onnxruntime is installed, on a few samples made from the
+            input specification of `model`, and to compare the outputs.
 
     Returns:
         The path. The file's inputs and outputs are named after the model's, a dictionary's after its
@@ -80,7 +83,7 @@ def onnx(
     graphs.require_model(model, "onnx")
     if opset not in (17, 18):
         raise ValueError(f"opset must be 17 or 18, which tf2onnx writes; received {opset!r}.")
-    if not has_graph(model):
+    if not graphs.has_graph(model):
         raise ValueError(
             f"Model {model.name!r} ({type(model).__name__}) is subclassed, and an ONNX file is made "
             "of a functional or sequential model. Write it as one."
@@ -92,6 +95,7 @@ def onnx(
             "tf2onnx does not write. Use accel_tf.export.litert, or quantize with Int8()."
         )
     require_data(model)
+    given = model
     convert = onnx_module("tf2onnx.convert")
     path = pathlib.Path(path)
     with quiet() as log, freezing():
@@ -114,6 +118,8 @@ def onnx(
     _without_erfc(proto.graph)
     _require_operators(proto, model)
     path.write_bytes(proto.SerializeToString())
+    if verify and importlib.util.find_spec("onnxruntime"):
+        require_same_file("onnx", given, path, batch_size)
     return path
 
 

@@ -4,9 +4,10 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
+from accel_tf import layers as graphs
 from accel_tf._litert import LiteRTRunner, natural, quiet, to_floats
 from accel_tf._litert_schema import litert_module
-from accel_tf.export._graph import has_graph, input_names, output_keys, output_names
+from accel_tf.export._graph import input_names, output_keys, output_names
 from accel_tf.export._onnx import onnx_module
 from accel_tf.export._weights import without_groups
 
@@ -157,7 +158,7 @@ class SavedModel:
     def outputs(self, model, arrays) -> list[np.ndarray]:
         def run(part):
             results = self._run(**self._by_name(model, part))
-            known = output_names(model) if has_graph(model) else []
+            known = output_names(model) if graphs.has_graph(model) else []
             known = [name for name in known if name in results]
             numbered = all(name.startswith("output_") for name in results)
             others = sorted(results, key=natural if numbered else None)

@@ -9,19 +9,25 @@ import tensorflow as tf
 
 from accel_tf import layers as graphs
 from accel_tf._litert import quiet
-from accel_tf.export._graph import frozen_graph, has_graph, input_names, output_names, plain
+from accel_tf.export._check import require_same_file
+from accel_tf.export._graph import frozen_graph, input_names, output_names, plain, table_in
 from accel_tf.export._litert import require_data
-from accel_tf.quantization._fake import freezing
 
 
 def saved_model(
-    model: keras.Model, path: str | os.PathLike, *, batch_size: int | None = None
+    model: keras.Model,
+    path: str | os.PathLike,
+    *,
+    batch_size: int | None = None,
+    verify: bool = True,
 ) -> pathlib.Path:
     """Writes the inference of `model` as a SavedModel folder, which needs TensorFlow alone.
 
     The weights are constants of the graph and the ranges of a quantized model are fixed, so the
-    folder computes what `model(x, training=False)` does and cannot be trained on. float16
-    computation is exported as float32. To save a model for training use `model.save`.
+    folder computes what `model(x, training=False)` does and cannot be trained on. A result that falls
+    on a tie between two integers may be rounded either way, as between `model(x)` and
+    `model.predict(x)`, since TensorFlow optimizes graphs. float16 computation is exported as float32. To
+    save a model for training use `model.save`.
 
     The folder of a model from `accel_tf.sparsify` needs the compiled operator of accel_tf as well:
     `import accel_tf.sparse` before `tf.saved_model.load`, and TensorFlow Serving has to be built with
@@ -29,10 +35,12 @@ def saved_model(
     given.
 
     Args:
-        model: Any functional or sequential Keras model; a subclassed one is written by Keras'
-            `model.export`, its weights as variables.
+        model: Any functional or sequential Keras model; a subclassed one, and one with the table of a
+            lookup layer, is written by Keras' `model.export`, its weights as variables.
         path: The folder to write; it is made.
         batch_size: Fixes the number of inputs per run; with `None` the folder takes any number.
+        verify: Whether to run the folder on a few samples made from the input specification of `model`,
+            and to compare the outputs.
 
     Returns:
         The path of the folder. `tf.saved_model.load(path).signatures["serving_default"]` runs it;
@@ -40,7 +48,8 @@ def saved_model(
 
     Raises:
         ValueError: The model is quantized but has seen no data, or a fixed batch size is asked of
-            a subclassed model.
+            a model that Keras writes; or the folder does not compute what `model` does, which is an
+            error in accel_tf.
 
     Warns:
         UserWarning: The folder needs operators of accel_tf.
@@ -58,13 +67,24 @@ def saved_model(
     graphs.require_model(model, "saved_model")
     require_data(model)
     path = pathlib.Path(path)
-    with quiet(), freezing():
-        model = plain(model)
-        if not has_graph(model):
-            if batch_size is not None:
-                raise ValueError("A fixed batch size needs a functional or sequential model.")
+    if not graphs.has_graph(model) or table_in(model):
+        if batch_size is not None:
+            raise ValueError(
+                f"A fixed batch size needs a functional or sequential model without lookup layers; "
+                f"{model.name!r} is none. Leave batch_size out."
+            )
+        with quiet():
             model.export(str(path), verbose=False)
-            return path
+    else:
+        _write(plain(model), path, batch_size)
+    if verify:
+        require_same_file("saved_model", model, path, batch_size)
+    return path
+
+
+def _write(model, path, batch_size):
+    """Writes a model as a graph of constants."""
+    with quiet():
         graph = frozen_graph(model, batch_size)
         names, outputs = input_names(model), output_names(model)
         signature = {
@@ -83,7 +103,6 @@ def saved_model(
         options = tf.saved_model.SaveOptions(experimental_custom_gradients=False)
         tf.saved_model.save(module, str(path), signatures=served, options=options)
     _warn_of_own_operators(graph, model)
-    return path
 
 
 def _warn_of_own_operators(graph, model):
@@ -94,5 +113,5 @@ def _warn_of_own_operators(graph, model):
             f"The folder of {model.name!r} needs {', '.join(sorted(own))}, which TensorFlow alone does "
             "not have: import accel_tf.sparse before tf.saved_model.load. Export the model that "
             "sparsify was given for a folder that needs TensorFlow alone.",
-            stacklevel=3,
+            stacklevel=4,
         )

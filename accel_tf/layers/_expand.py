@@ -33,11 +33,14 @@ def functional(model: keras.Model, inputs) -> keras.Model:
     ['InputLayer', 'Dense', 'Add']
     """
 
-    def symbolic(x):
+    def symbolic(x, name=None):
         x = keras.ops.convert_to_tensor(x)
-        return keras.Input(x.shape[1:], dtype=x.dtype)
+        return keras.Input(x.shape[1:], dtype=keras.backend.standardize_dtype(x.dtype), name=name)
 
-    tensors = keras.tree.map_structure(symbolic, inputs)
+    if isinstance(inputs, dict) and not any(map(keras.tree.is_nested, inputs.values())):
+        tensors = {name: symbolic(x, name) for name, x in inputs.items()}  # as Keras wants it
+    else:
+        tensors = keras.tree.map_structure(symbolic, inputs)
     try:
         with _weights_as_layers(model, keras.tree.flatten(tensors)[0]):
             outputs = model.call(tensors)
@@ -115,6 +118,9 @@ def _traced(layer, function) -> keras.Model | None:
     """Returns a functional model of what a layer computes, or `None` if it has no graph."""
     graph = _model(layer, function)
     if graph is None or any(_lacks_something(call.layer) for call in calls(graph)):
+        return None
+    # Some operators of Keras tell a wrong symbolic shape.
+    if [y.shape for y in graph.outputs] != [y.shape for y in layer._inbound_nodes[0].outputs]:
         return None
     # What it computes in training alone, besides what its sublayers do, would be no part of the graph.
     trained = _model(layer, function, training=True)

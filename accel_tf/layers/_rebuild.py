@@ -23,7 +23,7 @@ def anew(layer: keras.Layer, path: str, /, **changes) -> keras.Layer:
         ValueError: The configuration does not make the layer.
     """
     if type(layer) is keras.layers.Lambda:
-        return _lambda(layer)
+        return _lambda(layer, changes)
     try:
         with warnings.catch_warnings():
             if changes:  # Most likely it is the lambda that goes.
@@ -38,7 +38,7 @@ def anew(layer: keras.Layer, path: str, /, **changes) -> keras.Layer:
         ) from error
 
 
-def _lambda(layer):
+def _lambda(layer, changes):
     """Returns another Lambda of the same function, which a configuration holds as bytes only."""
     return keras.layers.Lambda(
         layer.function,
@@ -46,7 +46,7 @@ def _lambda(layer):
         mask=layer.mask,
         arguments=layer.arguments,
         name=layer.name,
-        dtype=layer.dtype_policy,
+        dtype=changes.get("dtype", layer.dtype_policy),
         trainable=layer.trainable,
     )
 
@@ -210,8 +210,13 @@ class _Copier:
             return layer
         key = ("kept", id(layer))
         if key not in self._made:
-            self._made[key] = self._anew(layer, path)
-            self._kept.append((layer, self._made[key], path))
+            self._made[key] = new = self._anew(layer, path)
+            if hasattr(layer, "save_assets"):
+                copy_state(
+                    layer, new, path
+                )  # A table decides on the shape of what comes out of it.
+            else:
+                self._kept.append((layer, new, path))
         return self._made[key]
 
     def _anew(self, layer, path):
