@@ -266,7 +266,9 @@ def _check_quantization(model, graph, tensor, kind, where):
             f"{where}, of shape {shape}, has {len(scales)} scales on axis {axis}",
         )
     if len(scales) and kind.startswith(("INT", "UINT")):
-        sound = bool((np.isfinite(scales) & (scales > 0)).all())
+        # The converter writes 0 for a channel of weights that are all 0.
+        positive = (scales > 0) if len(scales) == 1 else (scales >= 0)
+        sound = bool((np.isfinite(scales) & positive).all())
         require(sound, f"{where} has a scale that is no positive number")
     low, high = _ZERO_POINTS.get(kind, (-(2**31), 2**31 - 1))
     in_range = bool(((points >= low) & (points <= high)).all())

@@ -168,7 +168,7 @@ def _fits(shape, wanted) -> bool:
 
 def _structure(model):
     """Returns the structure of the model's inputs; a sequential model has one."""
-    return model.inputs[0] if len(model.inputs) == 1 else model.input
+    return model.inputs[0] if isinstance(model, keras.Sequential) else model.input
 
 
 def _names(model) -> list[str]:
