@@ -1,6 +1,7 @@
 """What a LiteRT file contains: its operators, their number formats, and what stayed in float and why."""
 
 import dataclasses
+import html
 import os
 import pathlib
 from collections import Counter
@@ -67,6 +68,8 @@ class LiteRTFile:
         size: Its size in bytes.
         inputs, outputs: The data types of the model's inputs and outputs, such as `("int8",)`.
         operators: Each `Operator` in order of execution.
+        float_weights: The paths of layers of which some weights are stored as float32, although the
+            scheme of the model stores them in fewer bits. Known when the file is written.
     """
 
     path: pathlib.Path
@@ -74,6 +77,7 @@ class LiteRTFile:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     operators: tuple[Operator, ...]
+    float_weights: tuple[str, ...] = ()
 
     @property
     def int8_fraction(self) -> float:
@@ -118,10 +122,18 @@ class LiteRTFile:
         return (self.table, self.in_float) if mixed else (self.table,)
 
     def __str__(self) -> str:
-        return "\n\n".join(map(str, self._tables))
+        return "\n\n".join([*map(str, self._tables), *self._notes])
 
     def _repr_html_(self) -> str:
-        return "".join(table._repr_html_() for table in self._tables)
+        notes = "".join(f"<p>{html.escape(note)}</p>" for note in self._notes)
+        return "".join(table._repr_html_() for table in self._tables) + notes
+
+    @property
+    def _notes(self):
+        if not self.float_weights:
+            return []
+        layers = report.shorten(self.float_weights)
+        return [f"Weights stored as float32, as the converter folded them: some of {layers}."]
 
 
 def inspect_litert(path: str | os.PathLike) -> LiteRTFile:
