@@ -33,11 +33,6 @@ def anew(layer: keras.Layer, path: str, **changes) -> keras.Layer:
         lambdas = {k: f for k, f in lambdas.items() if getattr(f, "__name__", "") == "<lambda>"}
         return type(layer).from_config({**config, **lambdas, **changes})
     except Exception as error:
-        arguments = _keras.constructor_arguments(layer)
-        if (
-            arguments is not None
-        ):  # A configuration that does not fit the constructor needs no copy.
-            return type(layer)(**{**arguments, "name": layer.name, **changes})
         raise ValueError(
             f"Layer {path!r} ({type(layer).__name__}) cannot be copied, as its configuration does not "
             "make it again: its get_config has to return all that its constructor takes. "

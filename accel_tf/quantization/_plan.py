@@ -66,13 +66,15 @@ class Step:
             # By Keras's name, as a function of the user's could not be loaded.
             fused = self.activation in _activations.FUSED
             changes["activation"] = self.activation if fused else None
+        if self.wrapper is _weight_only.WeightOnlyLayer:
+            return _weight_only.anew(layer, path)
         return graphs.anew(layer, path, **changes)
 
     def wrap(self, inner) -> keras.Layer:
         """Returns the layer that stands for one call, around what `inner` returned."""
         after = None if self.activation in _activations.FUSED else self.activation
-        options = {"exclude": self.exclude} if self.exclude else {}
-        return self.wrapper(inner, self.scheme, self.quantize_inputs, self.output, after, **options)
+        more = {"exclude": self.exclude} if self.exclude else {}
+        return self.wrapper(inner, self.scheme, self.quantize_inputs, self.output, after, **more)
 
 
 def _weights_note(scheme):
@@ -146,8 +148,7 @@ class Plan:
 
     def _is_nested(self, layer) -> bool:
         """Whether the calls in a layer are planned one by one."""
-        scheme = self.scheme_of(layer)
-        if scheme is None or not isinstance(layer, keras.Model):
+        if (scheme := self.scheme_of(layer)) is None or not isinstance(layer, keras.Model):
             return False
         # A subclassed model has no graph to follow; a scheme of weights alone needs none.
         return scheme.activation_bits is not None or graphs.has_graph(layer)
@@ -169,7 +170,7 @@ class Plan:
         unchanged = given[0] if given and len(set(given)) == 1 else None
         if weight_only:
             rule = rule_of(layer)
-            step = Step(None, scheme, why=_weight_only.note("no weights to quantize", layer))
+            step = Step(None, why=_weight_only.note("no weights to quantize", layer))
             return step, unchanged if rule and rule.kind in ("grid", "identity") else None
         rule = self._check(call)
         if rule.kind == "identity":
@@ -192,14 +193,14 @@ class Plan:
 
     def _weight_only(self, call, scheme) -> Step:
         """Returns the step for a layer with kernels or tables, whose activations stay in float."""
-        layer, path = call.layer, self.paths[id(call.layer)]
-        excluded = _weight_only.excluded_in(layer, path, self._scheme_at)
+        layer = call.layer
+        excluded = _weight_only.excluded_in(layer, self.paths[id(layer)], self._scheme_at)
         if not excluded and _weight_only.has_wrapper(call, scheme):
             return Step(rule_of(layer).wrapper, scheme)
         if not _weight_only.kernels_of(layer, exclude=excluded):
             return Step(None, why="excluded: stays in float")
-        why = _weight_only.note("", layer, excluded)
-        return Step(_weight_only.WeightOnlyLayer, scheme, why=why, exclude=excluded)
+        step = Step(_weight_only.WeightOnlyLayer, scheme, exclude=excluded)
+        return dataclasses.replace(step, why=_weight_only.note("", layer, excluded))
 
     def _is_constant(self, call) -> bool:
         if isinstance(call.layer, graphs.OwnWeight):

@@ -4,6 +4,7 @@ import functools
 
 import keras
 
+from accel_tf import _keras
 from accel_tf import layers as graphs
 from accel_tf.quantization import _preserve
 from accel_tf.quantization._kernels import channel_axes
@@ -77,6 +78,30 @@ class WeightOnlyLayer(QuantizedLayer):
 
     def get_config(self):
         return {**super().get_config(), "exclude": self.exclude}
+
+
+def anew(layer: keras.Layer, path: str) -> keras.Layer:
+    """Returns a copy of a layer without its weights, of its configuration or its constructor's arguments.
+
+    Args:
+        layer: The layer.
+        path: Its path, for the message.
+
+    Raises:
+        ValueError: Neither makes the layer again.
+    """
+    try:
+        lora = {"lora_rank": None} if getattr(layer, "lora_enabled", False) else {}
+        return graphs.anew(layer, path, **lora)
+    except ValueError:
+        arguments = _keras.constructor_arguments(layer)
+        if arguments is None:
+            raise
+        try:
+            return type(layer)(**{**arguments, "name": layer.name})
+        except TypeError:
+            pass
+        raise
 
 
 def kernels_of(layer: keras.Layer, group_size=None, exclude=()) -> list[tuple]:
