@@ -30,6 +30,15 @@ def lambda_output_shape(layer: keras.layers.Lambda):
     return getattr(layer, "_output_shape", None)
 
 
+def constructor_arguments(layer: keras.Layer) -> dict | None:
+    """Returns what a layer was constructed with, defaults included, or `None`.
+
+    Keras notes it if all of it is of plain types, such as numbers and strings.
+    """
+    noted = getattr(layer, "_auto_config", None)
+    return dict(noted.config) if noted is not None else None
+
+
 def _private(module: str, name: str):
     try:
         return getattr(importlib.import_module(module), name)

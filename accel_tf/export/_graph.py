@@ -12,6 +12,7 @@ from tensorflow.python.framework.convert_to_constants import convert_variables_t
 from accel_tf import layers as graphs
 from accel_tf.quantization import QuantizedLayer
 from accel_tf.quantization._checks import require_finite
+from accel_tf.quantization._weight_only import WeightOnlyLayer
 
 
 def frozen_graph(model, batch_size: int | None = None):
@@ -211,12 +212,19 @@ def _last_first(x):
 
 
 def schemes_by_scope(model) -> dict:
-    """Returns the scheme of each quantized layer, by its scope."""
-    return {
-        scope(path): layer.scheme
-        for path, layer in graphs.walk(model)
-        if isinstance(layer, QuantizedLayer)
-    }
+    """Returns the scheme of each quantized layer, by its scope; `None` for what is excluded in one."""
+    schemes = {}
+    for path, layer in graphs.walk(model):
+        if isinstance(layer, QuantizedLayer):
+            schemes[scope(path)] = layer.scheme
+        if isinstance(layer, WeightOnlyLayer):
+            schemes.update((scope(f"{path}/{layer.layer.name}/{p}"), None) for p in layer.exclude)
+    return schemes
+
+
+def mixed_scopes(model) -> set[str]:
+    """Returns the scopes of layers that may hold other constants besides the weights they round."""
+    return {scope(path) for path, v in graphs.walk(model) if isinstance(v, WeightOnlyLayer)}
 
 
 def input_names(model) -> list[str]:

@@ -26,6 +26,14 @@ class Grid(NamedTuple):
     group: int | None
 
 
+def is_half(weights: np.ndarray) -> bool:
+    """Whether float32 weights were rounded to float16, and perhaps multiplied by a power of two since."""
+    with np.errstate(over="ignore"):
+        error = np.abs(weights - weights.astype(np.float16).astype(np.float32)).max(initial=0.0)
+    # A product that is too small for a normal number of half precision has fewer bits.
+    return bool(error <= min(2.0**-25, 1e-5 * np.abs(weights).max(initial=0.0)))
+
+
 def find(weights: np.ndarray, bits: int, group: int | None, axes) -> Grid | None:
     """Returns the grid that `weights` lie on, with channels along the first of `axes` that fits.
 

@@ -1,6 +1,7 @@
 """What a LiteRT file contains: its operators, their number formats, and what stayed in float and why."""
 
 import dataclasses
+import html
 import os
 import pathlib
 from collections import Counter
@@ -69,6 +70,8 @@ class LiteRTFile:
         inputs, outputs: The data types of the model's inputs and outputs, such as `("int8",)`.
         operators: Each `Operator` in order of execution.
         note: How the file was checked against its model, if `accel_tf.export.litert` wrote it just now.
+        float_weights: The paths of layers of which some weights are stored as float32, although the
+            scheme of the model stores them in fewer bits. Known when the file is written.
     """
 
     path: pathlib.Path
@@ -77,6 +80,7 @@ class LiteRTFile:
     outputs: tuple[str, ...]
     operators: tuple[Operator, ...]
     note: str = ""
+    float_weights: tuple[str, ...] = ()
 
     @property
     def int8_fraction(self) -> float:
@@ -122,10 +126,18 @@ class LiteRTFile:
         return (self.table, self.in_float) if mixed else (self.table,)
 
     def __str__(self) -> str:
-        return "\n\n".join(map(str, self._tables))
+        return "\n\n".join([*map(str, self._tables), *self._notes])
 
     def _repr_html_(self) -> str:
-        return "".join(table._repr_html_() for table in self._tables)
+        notes = "".join(f"<p>{html.escape(note)}</p>" for note in self._notes)
+        return "".join(table._repr_html_() for table in self._tables) + notes
+
+    @property
+    def _notes(self):
+        if not self.float_weights:
+            return []
+        layers = report.shorten(self.float_weights)
+        return [f"Weights stored as float32, as the converter folded them: some of {layers}."]
 
 
 def inspect_litert(path: str | os.PathLike) -> LiteRTFile:

@@ -6,6 +6,7 @@ import os
 import pathlib
 import re
 import tempfile
+from collections import Counter
 
 import keras
 import numpy as np
@@ -20,9 +21,11 @@ from accel_tf.export import _weights
 from accel_tf.export._check import require_same_file
 from accel_tf.export._graph import (
     frozen_graph,
+    mixed_scopes,
     named_outputs,
     nearest,
     plain,
+    schemes_by_scope,
     scope,
     unrolled,
 )
@@ -31,6 +34,7 @@ from accel_tf.export._loops import integer_loops
 from accel_tf.quantization import FakeQuantize, QuantizedLayer
 from accel_tf.quantization._fake import floating, freezing
 from accel_tf.quantization._rules import rule_of
+from accel_tf.quantization._weight_only import WeightOnlyLayer, kernels_of
 
 _INT16 = tf.lite.OpsSet.EXPERIMENTAL_TFLITE_BUILTINS_ACTIVATIONS_INT16_WEIGHTS_INT8
 
@@ -55,7 +59,8 @@ def litert(
     - `Int16x8`: 16-bit activations, whose ranges the converter takes from `data`.
     - `Int8Weights`, `Int4Weights`: integer weights, floats in and out. Dense and Conv2D round what
       they read to 8 bits as they run ("dynamic range"), each sample by its own range; other
-      kernels expand the weights to float.
+      kernels expand the weights to float. In a layer that accel_tf does not know, weights that the
+      converter folds into other constants are stored as float32; `float_weights` names such layers.
     - `Float16`: weights of half the size, which are expanded to float.
     - `Mixed` of `Int8` with the latter three, or of these.
 
@@ -110,11 +115,12 @@ def litert(
     litert_module("schema_py_generated")  # Missing? Then say so before the work, not after.
     path = pathlib.Path(path)
     plan = _Plan(model, allow_float, data, sparse, io_dtype)
-    content = plan.convert(batch_size)
+    content, left = plan.convert(batch_size), ()
     if plan.weights_only:
-        content = _weights.shrink(content, plan.weights_only, allow_float)
+        content, stored = _weights.shrink(content, plan.weights_only, mixed_scopes(model))
+        left = plan.left_in_float(stored)
     content = with_output_keys(content)
-    found = inspect(content, path, plan.known)
+    found = dataclasses.replace(inspect(content, path, plan.known), float_weights=left)
     _require_sums(content, plan.known)
     if plan.quantized and not allow_float:
         plan.require_integers(found)
@@ -137,21 +143,26 @@ class _Plan:
     Attributes:
         known: The layers by scope, with the reasons why some compute in float.
         quantized: Whether activations are integers, at least some.
-        weights_only: The schemes of layers whose weights alone are quantized, by scope.
+        weights_only: The schemes of layers whose weights alone are quantized, by scope; `None` for what
+            is excluded in one of them.
     """
 
     def __init__(self, model, allow_float, data, sparse, io_dtype):
         self.model, self.data, self.sparse, self.io_dtype = model, data, sparse, io_dtype
+        self._allow_float = allow_float
         layers = list(graphs.walk(model))
         wrapped = {path: layer for path, layer in layers if isinstance(layer, QuantizedLayer)}
         integer = {type(w.scheme).__name__: w for w in wrapped.values() if w.scheme.activation_bits}
         self.quantized = bool(integer)
         self.wide = any(w.scheme.activation_bits == 16 for w in integer.values())
-        self.weights_only = {
-            scope(path): layer.scheme
+        self._weight_only = {
+            path: layer
             for path, layer in wrapped.items()
             if not layer.scheme.activation_bits and layer.rounds_weights
         }
+        schemes = schemes_by_scope(model)
+        rounding = {scope(path) for path in self._weight_only}
+        self.weights_only = {k: s for k, s in schemes.items() if s is None or k in rounding}
         self.known = _known(layers, wrapped)
         floats = allow_float or bool(self.weights_only)
         self.float_io = floats or io_dtype == "float32"
@@ -164,7 +175,8 @@ class _Plan:
         if self.quantized and not self.wide:
             require_data(self.model)
         if self.wide and (len(integer) > 1 or self.weights_only):
-            names = sorted({*integer, *(type(s).__name__ for s in self.weights_only.values())})
+            others = (type(layer.scheme).__name__ for layer in self._weight_only.values())
+            names = sorted({*integer, *others})
             raise ValueError(
                 f"LiteRT's converter computes with 16-bit activations in all of a file or nowhere; "
                 f"{self.model.name!r} mixes {', '.join(names)}. Use Int16x8 for all layers."
@@ -218,6 +230,36 @@ class _Plan:
         if not self.float_io:
             kind = self.io_dtype or ("int16" if self.wide else "int8")
             converter.inference_input_type = converter.inference_output_type = tf.as_dtype(kind)
+
+    def left_in_float(self, stored) -> tuple[str, ...]:
+        """Returns the layers whose weights are stored as float32, not all in the bits of their scheme.
+
+        Args:
+            stored: How many numbers the file stores in fewer bits, by scope.
+
+        Raises:
+            ValueError: A layer of a kind whose weights the converter should leave as they are is among
+                them, and `allow_float` is false.
+        """
+        counts = Counter()  # by layer, as one that is called several times may be stored once
+        for path, layer in self._weight_only.items():
+            counts[layer.shared or path] += stored.get(scope(path), 0)
+        left, wrong = [], []
+        for path, layer in self._weight_only.items():
+            wanted = 1
+            if isinstance(layer, WeightOnlyLayer):
+                kernels = kernels_of(layer.layer, exclude=layer.exclude)
+                wanted = sum(v.shape.num_elements() for v, _ in kernels)
+            if counts[layer.shared or path] < wanted:
+                left.append(path)
+                wrong += [] if isinstance(layer, WeightOnlyLayer) else [path]
+        if wrong and not self._allow_float:
+            raise ValueError(
+                f"The weights of {report.shorten(sorted(wrong))} are not stored in fewer bits: in the "
+                "converted graph they lie on no grid of one scale per channel or group. Exclude these "
+                "layers, or pass allow_float=True to store them as float32. No file was written."
+            )
+        return tuple(left)
 
     def require_integers(self, found):
         """Raises a ValueError if an operator computes in float and no layer says that it should."""

@@ -15,6 +15,7 @@ from accel_tf.export._check import require_same_file
 from accel_tf.export._graph import (
     frozen_graph,
     input_names,
+    mixed_scopes,
     nearest,
     output_names,
     plain,
@@ -89,7 +90,7 @@ def onnx(
             "of a functional or sequential model. Write it as one."
         )
     schemes = schemes_by_scope(model)
-    if any((scheme.activation_bits or 8) != 8 for scheme in schemes.values()):
+    if any((scheme.activation_bits or 8) != 8 for scheme in schemes.values() if scheme):
         raise ValueError(
             f"Model {model.name!r} has 16-bit activations, which ONNX knows from opset 21 on and "
             "tf2onnx does not write. Use accel_tf.export.litert, or quantize with Int8()."
@@ -114,7 +115,7 @@ def onnx(
                 f"tf2onnx failed on model {model.name!r}: {str(error)[-500:]}\n{log()[-1000:]}"
             ) from error
     _rename(proto.graph, model)
-    _shrink_weights(proto.graph, schemes)
+    _shrink_weights(proto.graph, schemes, mixed_scopes(model))
     _without_erfc(proto.graph)
     _require_operators(proto, model)
     path.write_bytes(proto.SerializeToString())
@@ -208,7 +209,7 @@ def _without_erfc(graph):
         graph.node.append(node)
 
 
-def _shrink_weights(graph, schemes):
+def _shrink_weights(graph, schemes, mixed):
     """Stores the weights of quantized layers in their format, in front of an operator that expands."""
     numpy_helper, helper = onnx_module("onnx.numpy_helper"), onnx_module("onnx.helper")
     stored = {tensor.name: tensor for tensor in graph.initializer}
@@ -220,7 +221,11 @@ def _shrink_weights(graph, schemes):
             found = [nearest(n, schemes) for n in (name, *node.output, node.name)]
             owner = next(filter(None, found), None)
             weights = numpy_helper.to_array(stored[name])
-            if owner and weights.dtype == np.float32 and weights.ndim > 1:
+            rounded = owner and schemes[owner]
+            if owner in mixed and rounded and rounded.weight_type == "float":
+                # Constants that were not rounded stay as they are.
+                rounded = _grid.is_half(weights)
+            if rounded and weights.dtype == np.float32 and weights.ndim > 1:
                 if node.op_type == "Gemm" and any(
                     a.name == "transB" and a.i for a in node.attribute
                 ):

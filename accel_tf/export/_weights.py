@@ -8,7 +8,6 @@ import copy
 
 import numpy as np
 
-from accel_tf import report
 from accel_tf._litert_file import pack, read_litert
 from accel_tf._litert_schema import operator_name, schema, type_name
 from accel_tf.export import _grid
@@ -24,46 +23,54 @@ _AXES = {"DEPTHWISE_CONV_2D": (3, None)}
 _GROUPS = 32
 
 
-def shrink(content: bytes, schemes: dict, allow_float: bool = False) -> bytes:
+def shrink(content: bytes, schemes: dict, mixed=()) -> tuple[bytes, dict[str, int]]:
     """Returns the file with the weights of some layers stored as their schemes say.
 
     Args:
         content: A LiteRT file.
-        schemes: Schemes without integer activations, by the scopes of their layers.
-        allow_float: Whether weights that lie on no grid may stay float32.
+        schemes: Schemes without integer activations, by the scopes of their layers; `None` for a layer
+            in one of these that stays in float.
+        mixed: The scopes of layers that hold constants besides those that were rounded.
 
-    Raises:
-        ValueError: No weight of a layer lies on the grid of its scheme.
+    Returns:
+        The file, and for each layer how many numbers are stored so. Weights stay float32 where they lie
+        on no grid, because the converter folded something else into them.
     """
     file = _File(content)
-    done = set()
+    stored: dict[str, int] = {}
+    counted = set()
+
+    def count(owner, graph, index):
+        if (id(graph), index) not in counted:
+            counted.add((id(graph), index))
+            stored[owner] = stored.get(owner, 0) + int(np.prod(_shape(graph, index)))
+
     for graph in file.model.subgraphs:
         operators, made = list(graph.operators), {}
         graph.operators = []
         for op in operators:
             for place, index in enumerate(op.inputs):
                 owner = _owner(file.model, graph, op, index, schemes)
-                if owner is None or len(_shape(graph, index)) < 2:
+                if owner is None or schemes[owner] is None or len(_shape(graph, index)) < 2:
                     continue
                 weights = file.constant(graph, index)
                 if weights is None:
                     if file.has_integers(graph, index):  # The converter did it by itself.
-                        done.add(owner)
+                        count(owner, graph, index)
                     continue
                 key = index, operator_name(file.model, op)
                 if key not in made:
-                    made[key] = _stored(file, graph, index, weights, schemes[owner], key[1])
+                    constant = owner in mixed and not _is_rounded(weights, schemes[owner])
+                    made[key] = (
+                        None
+                        if constant
+                        else _stored(file, graph, index, weights, schemes[owner], key[1])
+                    )
                 if made[key]:
                     made[key](op, place)
-                    done.add(owner)
+                    count(owner, graph, index)
             graph.operators.append(op)
-    if (missing := set(schemes) - done) and not allow_float:
-        raise ValueError(
-            f"The weights of {report.shorten(sorted(missing))} are not stored in fewer bits: in the "
-            "converted graph they lie on no grid of one scale per channel or group. Exclude these "
-            "layers, or pass allow_float=True to store them as float32. No file was written."
-        )
-    return file.content()
+    return file.content(), stored
 
 
 def sparse_tensors(content: bytes) -> int:
@@ -109,6 +116,13 @@ def _shape(graph, index):
 def _owner(model, graph, op, index, schemes):
     names = [(graph.tensors[index].name or b"").decode(), *tensor_names(model, graph, op)]
     return next(filter(None, (nearest(name, schemes) for name in names)), None)
+
+
+def _is_rounded(weights, scheme) -> bool:
+    """Whether a constant looks like weights that were rounded: not so if each number has its own scale."""
+    if scheme.weight_type == "float":
+        return _grid.is_half(weights)
+    return weights.size > 2 * max(weights.shape[0], weights.shape[-1])
 
 
 def _stored(file, graph, index, weights, scheme, operator):

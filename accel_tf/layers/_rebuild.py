@@ -26,10 +26,12 @@ def anew(layer: keras.Layer, path: str, /, **changes) -> keras.Layer:
         return _lambda(layer, changes)
     try:
         with warnings.catch_warnings():
-            if changes:  # Most likely it is the lambda that goes.
-                warnings.filterwarnings("ignore", "The object being serialized includes a `lambda`")
+            warnings.filterwarnings("ignore", "The object being serialized includes a `lambda`")
             config = layer.get_config()
-        return type(layer).from_config({**config, **changes})
+        # A configuration holds a lambda as bytes only, which Keras refuses to load.
+        lambdas = {name: vars(layer).get(name) for name in config}
+        lambdas = {k: f for k, f in lambdas.items() if getattr(f, "__name__", "") == "<lambda>"}
+        return type(layer).from_config({**config, **lambdas, **changes})
     except Exception as error:
         raise ValueError(
             f"Layer {path!r} ({type(layer).__name__}) cannot be copied, as its configuration does not "

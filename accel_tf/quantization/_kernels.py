@@ -13,7 +13,7 @@ def channel_axes(layer) -> tuple[int, ...]:
     """Returns the axes of a layer's kernel that number its output channels."""
     if isinstance(layer, _L.DepthwiseConv1D | _L.DepthwiseConv2D):
         return (-2, -1)
-    if isinstance(layer, _L.Conv1DTranspose | _L.Conv2DTranspose):
+    if isinstance(layer, _L.Conv1DTranspose | _L.Conv2DTranspose | _L.Conv3DTranspose):
         return (-2,)
     if isinstance(layer, _L.EinsumDense):
         _, kernel, output = split_einsum(layer.equation)

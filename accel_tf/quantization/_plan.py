@@ -10,7 +10,15 @@ import keras
 
 from accel_tf import layers as graphs
 from accel_tf import report
-from accel_tf.quantization import _activations, _affine, _composite, _layers, _preserve, _same_grid
+from accel_tf.quantization import (
+    _activations,
+    _affine,
+    _composite,
+    _layers,
+    _preserve,
+    _same_grid,
+    _weight_only,
+)
 from accel_tf.quantization._rules import OWN_IDENTITY, Rule, obstacle, rule_of
 from accel_tf.quantization._schemes import Mixed, Scheme, matches
 
@@ -27,6 +35,7 @@ class Step:
     output: str | None = None
     activation: str | None = None
     why: str = ""
+    exclude: list[str] = dataclasses.field(default_factory=list)
 
     @property
     def changes(self) -> bool:
@@ -58,12 +67,15 @@ class Step:
             # By Keras's name, as a function of the user's could not be loaded.
             fused = self.activation in _activations.FUSED
             changes["activation"] = self.activation if fused else None
+        if self.wrapper is _weight_only.WeightOnlyLayer:
+            return _weight_only.anew(layer, path)
         return graphs.anew(layer, path, **changes)
 
     def wrap(self, inner) -> keras.Layer:
         """Returns the layer that stands for one call, around what `inner` returned."""
         after = None if self.activation in _activations.FUSED else self.activation
-        return self.wrapper(inner, self.scheme, self.quantize_inputs, self.output, after)
+        more = {"exclude": self.exclude} if self.exclude else {}
+        return self.wrapper(inner, self.scheme, self.quantize_inputs, self.output, after, **more)
 
 
 def _weights_note(scheme):
@@ -125,8 +137,7 @@ class Plan:
                 continue
             given = [bits[id(t)] for t in call.inputs]
             here = (*site, id(call.outputs[0]))
-            nested = isinstance(call.layer, keras.Model)
-            if nested and self.scheme_of(call.layer) is not None:
+            if self._is_nested(call.layer):
                 results = self._follow(call.layer, given, here)
             else:
                 step, result = self._plan(call, given, graph)
@@ -136,9 +147,19 @@ class Plan:
             bits.update((id(t), b) for t, b in zip(call.outputs, results, strict=True))
         return [bits[id(t)] for t in model.outputs]
 
+    def _is_nested(self, layer) -> bool:
+        """Whether the calls in a layer are planned one by one."""
+        if (scheme := self.scheme_of(layer)) is None or not isinstance(layer, keras.Model):
+            return False
+        # A subclassed model has no graph to follow; a scheme of weights alone needs none.
+        return scheme.activation_bits is not None or graphs.has_graph(layer)
+
     def _plan(self, call, given, graph) -> tuple[Step | None, int | None]:
         """Returns the step for a call whose inputs have `given` bits, and the bits of its output."""
         layer, scheme = call.layer, self.scheme_of(call.layer)
+        weight_only = scheme is not None and scheme.activation_bits is None
+        if weight_only and isinstance(layer, keras.Layer) and _weight_only.kernels_of(layer):
+            return self._weight_only(call, scheme), None
         if not _has_float(call.outputs):  # an index, a mask or a string
             reads_floats = not isinstance(layer, keras.Layer) and _has_float(call.inputs)
             if reads_floats and scheme and scheme.activation_bits:
@@ -150,18 +171,18 @@ class Plan:
             return Step(None, why="a weight, rounded where it meets activations"), None
         if scheme is None:
             return Step(None, why="excluded: stays in float"), None
-        rule = self._check(call)
         unchanged = given[0] if given and len(set(given)) == 1 else None
+        if weight_only:
+            rule = rule_of(layer)
+            step = Step(None, why=_weight_only.note("no weights to quantize", layer))
+            return step, unchanged if rule and rule.kind in ("grid", "identity") else None
+        rule = self._check(call)
         if rule.kind == "identity":
             wrapper = rule.wrapper if unchanged else None
             return Step(wrapper, scheme, why="nothing to compute in inference"), unchanged
         if rule.kind == "float":
             why = f"stays in float: LiteRT has no int8 kernel for {type(layer).__name__}"
             return Step(None, why=why), None
-        if scheme.activation_bits is None:
-            rounds = rule.wrapper is not None and rule.wrapper.rounds_weights
-            step = Step(rule.wrapper, scheme) if rounds else Step(None, why="computes in float")
-            return step, unchanged if rule.kind == "grid" and not rounds else None
         step = self._step(call, rule, graph)
         step.scheme = scheme
         step.quantize_inputs = [
@@ -173,6 +194,17 @@ class Plan:
         if any(step.quantize_inputs) and step.wrapper is None:
             step.wrapper = _layers.QuantizedLayer
         return step, scheme.activation_bits
+
+    def _weight_only(self, call, scheme) -> Step:
+        """Returns the step for a layer with kernels or tables, whose activations stay in float."""
+        layer = call.layer
+        excluded = _weight_only.excluded_in(layer, self.paths[id(layer)], self._scheme_at)
+        if not excluded and _weight_only.has_wrapper(call, scheme):
+            return Step(rule_of(layer).wrapper, scheme)
+        if not _weight_only.kernels_of(layer, exclude=excluded):
+            return Step(None, why="excluded: stays in float")
+        step = Step(_weight_only.WeightOnlyLayer, scheme, exclude=excluded)
+        return dataclasses.replace(step, why=_weight_only.note("", layer, excluded))
 
     def _is_constant(self, call) -> bool:
         if isinstance(call.layer, graphs.OwnWeight):

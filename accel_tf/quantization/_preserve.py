@@ -108,7 +108,7 @@ def can_fold(layer: keras.Layer, normalization: keras.Layer) -> bool:
     One of clusters is written with the same integers in each channel, in channels of different
     scales. The converter folds into that only for convolutions, and only by positive factors.
     """
-    if not any(_is_kernel(v) and _found(v)[1] for v in layer.weights):
+    if not any(is_kernel(v) and _found(v)[1] for v in layer.weights):
         return True
     return type(layer) in _FOLDING and (not normalization.scale or _is_positive(normalization))
 
@@ -209,12 +209,13 @@ def _kernels(model):
         if isinstance(layer, keras.Model):
             continue
         for v in layer.weights:
-            if id(v) not in seen and _is_kernel(v):
+            if id(v) not in seen and is_kernel(v):
                 yield path, v
             seen.add(id(v))
 
 
-def _is_kernel(v) -> bool:
+def is_kernel(v) -> bool:
+    """Whether a Keras variable is a kernel or a table, by its name, its rank and its dtype."""
     named = v.name.endswith(("kernel", "embeddings"))
     return named and len(v.shape) >= 2 and keras.backend.is_float_dtype(v.dtype)
 

@@ -46,7 +46,9 @@ def quantize_aware(
             report names it. A layer of your own is taken apart if its `call` is made of such layers,
             of weights and of `keras.ops`, and computes the same in training, but for what its layers
             do then.
-        scheme: The number format, `Int8()` if not given; `Mixed` for several.
+        scheme: The number format, `Int8()` if not given; `Mixed` for several. `Int8Weights`,
+            `Int4Weights` and `Float16` take layers of any kind: they round the kernels and tables, and
+            the layer computes as before.
         exclude: Paths of layers and operators to leave in float, as `accel_tf.report_of` shows
             them; `*` and `?` are wildcards, and a nested model's path excludes all of it. How a
             runtime computes them is up to its converter; see `accel_tf.export.litert`.

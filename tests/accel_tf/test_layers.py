@@ -70,7 +70,7 @@ def test_calls_can_be_executed_in_order():
 
 
 def test_calls_rejects_a_subclassed_model():
-    with pytest.raises(ValueError, match=r"'subclassed' \(Subclassed\) cannot be copied"):
+    with pytest.raises(ValueError, match=r"'subclassed' \(Subclassed\) is subclassed"):
         layers.calls(Subclassed())
 
 
