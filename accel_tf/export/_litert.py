@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import os
 import pathlib
-import re
 import tempfile
 from collections import Counter
 
@@ -19,11 +18,11 @@ from accel_tf._litert_file import read_litert, with_output_keys
 from accel_tf._litert_schema import litert_module, operator_name
 from accel_tf.export import _weights
 from accel_tf.export._check import require_same_file
+from accel_tf.export._converter_errors import explain
 from accel_tf.export._graph import (
     frozen_graph,
     mixed_scopes,
     named_outputs,
-    nearest,
     plain,
     schemes_by_scope,
     scope,
@@ -213,7 +212,7 @@ class _Plan:
                 self._configure(converter)
                 return integer_loops(converter.convert())
             except Exception as error:
-                why = _without_kernel(str(error), self.known) or _short(error, log())
+                why = explain(str(error), log(), self.known)
                 raise ValueError(
                     f"TensorFlow's converter to LiteRT failed on model {self.model.name!r}: {why}"
                 ) from error
@@ -287,45 +286,6 @@ def _known(layers, wrapped) -> dict[str, Known]:
             entry = Known(path, _why_float(layer) if wrapped else "")
         known[scope(path)] = entry
     return known
-
-
-# What to write instead of operators of TensorFlow that LiteRT does not have.
-def _short(error, log) -> str:
-    """Returns what a converter said, without the lines that TensorFlow logs at all times."""
-    if "Unsupported output type" in str(error):
-        return (
-            "an output is computed in float, as LiteRT has no integer kernel for the layer before it. Pass "
-            'io_dtype="float32".'
-        )
-    lines = f"{error}\n{log}".splitlines()
-    return "\n".join(line for line in lines if line and not re.search(r"\.cc:\d+\]", line))[:800]
-
-
-_INSTEAD = {
-    "BitwiseAnd": "tf.argmax(x, axis) or tf.argmin(x, axis) in a layer of your own; those of keras.ops "
-    "tell -0.0 from 0.0 by its bits",
-    "Erf": "an approximation in tanh, such as keras.ops.gelu(x, approximate=True) for gelu",
-    "Roll": "keras.ops.concatenate([x[:, -n:], x[:, :-n]], axis=1) for keras.ops.roll(x, n, axis=1)",
-    "AccelTfSparseMatMul": "the dense model, which is the one that was given to accel_tf.sparsify",
-}
-
-
-def _without_kernel(message, known) -> str:
-    """Returns which operators have no kernel, in which layers, and what to write; `""` if all have."""
-    missing = dict.fromkeys(re.findall(r"'tf\.(\w+)' op is neither a custom op", message))
-    if not missing:
-        return ""
-    places = re.findall(r'fused\["(\w+):", "([^"@]+)', message)
-    lines = []
-    for name in missing:
-        scopes = {nearest(place, known) for kind, place in places if kind == name}
-        paths = sorted(known[found].path for found in scopes if found)
-        where = f"in {report.shorten(paths)}" if paths else "between layers"
-        instead = _INSTEAD.get(name, "operators that LiteRT has")
-        lines.append(f"LiteRT has no operator for {name} ({where}). Write {instead}.")
-    return " ".join(
-        [*lines, "Or export with accel_tf.export.saved_model, which has all operators."]
-    )
 
 
 def _why_float(layer) -> str:

@@ -9,7 +9,6 @@ import dataclasses
 import keras
 
 from accel_tf import layers as graphs
-from accel_tf import report
 from accel_tf.quantization import (
     _activations,
     _affine,
@@ -20,7 +19,7 @@ from accel_tf.quantization import (
     _weight_only,
 )
 from accel_tf.quantization._rules import OWN_IDENTITY, Rule, obstacle, rule_of
-from accel_tf.quantization._schemes import Mixed, Scheme, matches
+from accel_tf.quantization._schemes import Scheme
 
 _L = keras.layers
 
@@ -254,27 +253,6 @@ class Plan:
         if reason := obstacle(layer, call.inputs, self.scheme_of(layer)):
             raise ValueError(f"Cannot quantize layer {path!r} ({kind}): {reason}. {out}.")
         return rule
-
-
-def schemes_by_path(scheme, exclude, paths):
-    """Returns a function from the path of a layer to its scheme, `None` if it stays in float.
-
-    Args:
-        scheme: A scheme for all layers, or a `Mixed`.
-        exclude: Patterns of paths to leave in float.
-        paths: All paths that there are; a pattern has to match one.
-    """
-    if isinstance(exclude, str):
-        raise ValueError(f"exclude expects a list of paths, received the string {exclude!r}.")
-    paths = list(paths)
-    mixed = scheme if isinstance(scheme, Mixed) else Mixed({}, scheme)
-    for what, patterns in (("exclude=", exclude), ("Mixed: ", mixed.schemes)):
-        for pattern in patterns:
-            if not any(matches(path, pattern) for path in paths):
-                raise ValueError(
-                    f"{what}{pattern!r} matches no layer. There are {report.shorten(paths)}."
-                )
-    return lambda path: None if any(matches(path, p) for p in exclude) else mixed.of(path)
 
 
 def _has_float(tensors):

@@ -13,9 +13,9 @@ from accel_tf.quantization import _preserve
 from accel_tf.quantization._checks import require_finite
 from accel_tf.quantization._fake import FakeQuantize, unrounded
 from accel_tf.quantization._layers import QuantizedLayer
-from accel_tf.quantization._plan import Plan, schemes_by_path
+from accel_tf.quantization._plan import Plan
 from accel_tf.quantization._rules import graph_of, rule_of
-from accel_tf.quantization._schemes import Int8, Mixed, Scheme
+from accel_tf.quantization._schemes import Int8, Mixed, Scheme, schemes_by_path
 
 
 def quantize_aware(

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import keras
 
+from accel_tf import report
 from accel_tf.quantization._observers import Observer
 
 
@@ -229,3 +230,24 @@ class Mixed:
 def matches(path: str, pattern: str) -> bool:
     """Whether a pattern means the layer at `path`, itself or by the model that it is in."""
     return fnmatch.fnmatchcase(path, pattern) or fnmatch.fnmatchcase(path, pattern + "/*")
+
+
+def schemes_by_path(scheme, exclude, paths):
+    """Returns a function from the path of a layer to its scheme, `None` if it stays in float.
+
+    Args:
+        scheme: A scheme for all layers, or a `Mixed`.
+        exclude: Patterns of paths to leave in float.
+        paths: All paths that there are; a pattern has to match one.
+    """
+    if isinstance(exclude, str):
+        raise ValueError(f"exclude expects a list of paths, received the string {exclude!r}.")
+    paths = list(paths)
+    mixed = scheme if isinstance(scheme, Mixed) else Mixed({}, scheme)
+    for what, patterns in (("exclude=", exclude), ("Mixed: ", mixed.schemes)):
+        for pattern in patterns:
+            if not any(matches(path, pattern) for path in paths):
+                raise ValueError(
+                    f"{what}{pattern!r} matches no layer. There are {report.shorten(paths)}."
+                )
+    return lambda path: None if any(matches(path, p) for p in exclude) else mixed.of(path)
