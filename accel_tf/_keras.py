@@ -1,7 +1,8 @@
-"""The private names of Keras that the library uses, each behind a function with a name of ours.
+"""Some private names of Keras, each behind a function with a name of ours.
 
 A name is looked up when its function is called, so that a release of Keras that renames one breaks
-what needs it, with a message that says so, and never `import accel_tf`.
+what needs it, with a message that says so, and never `import accel_tf`. The classes of operators are
+still imported where they are used.
 """
 
 import importlib

@@ -38,12 +38,7 @@ _ARITIES = {
     (2, 3, 1, 2): "FULLY_CONNECTED",
     (4, 4, 1, 1): "ONE_HOT SPARSE_TO_DENSE",
     (4, 5, 1, 1): "STRIDED_SLICE",
-    (
-        5,
-        5,
-        1,
-        1,
-    ): "DILATE EMBEDDING_LOOKUP_SPARSE REDUCE_WINDOW RNN SVDF UNIDIRECTIONAL_SEQUENCE_RNN",
+    (5, 5, 1, 1): "EMBEDDING_LOOKUP_SPARSE REDUCE_WINDOW RNN SVDF UNIDIRECTIONAL_SEQUENCE_RNN",
     (1, _MANY, 1, 1): "ADD_N CONCATENATION CONCAT_EMBEDDINGS PACK STABLEHLO_CONCATENATE",
     (1, 1, 1, _MANY): "UNPACK",
     (2, 2, 1, _MANY): "SPLIT",
@@ -53,7 +48,7 @@ _ARITIES = {
     (5, 5, 2, 2): "NON_MAX_SUPPRESSION_V4",
     (6, 6, 3, 3): "NON_MAX_SUPPRESSION_V5",
     (5, 24, 1, 4): "LSTM",
-    (24, 24, 1, 1): "UNIDIRECTIONAL_SEQUENCE_LSTM",
+    (20, 24, 1, 1): "UNIDIRECTIONAL_SEQUENCE_LSTM",
     (48, 48, 1, 2): "BIDIRECTIONAL_SEQUENCE_LSTM",
     (12, 12, 1, 2): "BIDIRECTIONAL_SEQUENCE_RNN",
     (3, 3, 2, 2): "HASHTABLE_LOOKUP",
@@ -70,7 +65,6 @@ _OPTIONAL = {
         ("LSTM", "UNIDIRECTIONAL_SEQUENCE_LSTM"),
         {1, 5, 9, 10, 11, 12, 16, 17, 20, 21, 22, 23},
     ),
-    "SVDF": {3},
     "BIDIRECTIONAL_SEQUENCE_LSTM": set(range(1, 48)),
     "BIDIRECTIONAL_SEQUENCE_RNN": {9, 10, 11},
 }
@@ -182,7 +176,7 @@ def _check_options(name, op, where):
 def check_code(code, where) -> None:
     """Raises a `ValueError` if no operator has a code."""
     name = code_name(code)
-    require(name is not None, f"{where} is none of an operator")
+    require(name is not None, f"{where} stands for no operator of the schema")
     require(
         name != "CUSTOM" or code.customCode, f"{where} is that of a custom operator without name"
     )

@@ -94,7 +94,7 @@ def _labels(y, outputs) -> tuple[np.ndarray, np.ndarray] | str:
     if y.size == outputs.size and (classes == 1 or y.shape == outputs.shape):
         if problem := _first_other(y, (y == 0) | (y == 1), "is neither 0 nor 1"):
             return problem
-        if classes > 1 and not np.any(np.sum(y, -1) > 1):
+        if classes > 1 and np.all(np.sum(y, -1) == 1):
             return outputs.argmax(-1), y.argmax(-1)
         return outputs > 0.5, y.reshape(outputs.shape) > 0.5
     predicted = outputs.argmax(-1) if classes > 1 else outputs

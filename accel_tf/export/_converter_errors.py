@@ -13,7 +13,7 @@ _INSTEAD = {
     "BitwiseAnd": "tf.argmax(x, axis) or tf.argmin(x, axis) in a layer of your own; those of keras.ops "
     "tell -0.0 from 0.0 by its bits",
 }
-_ELSE = "Or export with accel_tf.export.saved_model, which has all operators."
+_ELSE = "Or export with accel_tf.export.saved_model, which can hold every operator of TensorFlow."
 
 
 def explain(message: str, log: str, known) -> str:
@@ -39,8 +39,8 @@ def explain(message: str, log: str, known) -> str:
         )
     if found := re.search(r"'tfl?\.(\w+)' op ([^\n]+)", message):
         return (
-            f"it makes an operator {found[1]} that it then refuses ({found[2].strip()}), "
-            f"{_where(places, known)}. Another batch_size may help, None among them. {_ELSE}"
+            f"it made the operator {found[1]} and then refused it ({found[2].strip()}), "
+            f"{_where(places, known)}. Try another batch_size, or None. {_ELSE}"
         )
     lines = f"{message}\n{log}".splitlines()
     # TensorFlow logs some lines at all times.

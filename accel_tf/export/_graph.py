@@ -68,7 +68,10 @@ def plain(model):
     made = []
 
     def replace(path, layer):
-        new = graphs.anew(layer, path, **_in_float32(layer.get_config()))
+        config = layer.get_config()
+        floats = _in_float32(config)
+        changes = {key: floats[key] for key in config if floats[key] is not config[key]}
+        new = graphs.anew(layer, path, **changes)
         made.append((layer, new, path))
         return new
 
@@ -81,12 +84,27 @@ def plain(model):
 
 
 def _in_float32(config):
-    """Returns a configuration with float32 for each data type policy of other floats, nested ones too."""
+    """Returns a configuration with float32 for each data type policy of other floats, nested ones too.
+
+    What contains none is returned as it is.
+    """
     if isinstance(config, dict):
-        return {key: _in_float32(value) for key, value in config.items()}
+        made = {
+            key: "float32" if key == "dtype" and _is_other_float(value) else _in_float32(value)
+            for key, value in config.items()
+        }
+        return made if any(made[key] is not config[key] for key in made) else config
     if isinstance(config, (list, tuple)):
-        return type(config)(map(_in_float32, config))
-    return "float32" if isinstance(config, str) and config in _POLICIES else config
+        made = type(config)(map(_in_float32, config))
+        return made if any(a is not b for a, b in zip(made, config, strict=True)) else config
+    return config
+
+
+def _is_other_float(policy) -> bool:
+    """Whether the entry `dtype` of a configuration is a policy of floats other than float32."""
+    if isinstance(policy, dict):
+        policy = policy.get("config", {}).get("name")
+    return policy in _POLICIES
 
 
 def scope(path: str) -> str:
@@ -186,8 +204,9 @@ def _of_known_length(path, call):
         if keras.tree.flatten(sequences)[0].shape[1] is None:
             raise ValueError(
                 f"Layer {path!r} takes sequences of any length, and a file without a loop needs to "
-                "know the number of time steps. Pass batch_size=1 to accel_tf.export.litert, which "
-                "then keeps the loop, or give the model's input a length: keras.Input((100, 8))."
+                "know the number of time steps. Give the model's input a length, as in "
+                "keras.Input((100, 8)). Pass batch_size=1 instead if this is accel_tf.export.litert, which "
+                "then keeps the loop."
             )
         return call(sequences, *args, **kwargs)
 

@@ -17,7 +17,7 @@ from accel_tf._litert import quiet
 from accel_tf._litert_file import read_litert, with_output_keys
 from accel_tf._litert_schema import litert_module, operator_name
 from accel_tf.export import _weights
-from accel_tf.export._check import require_same_file
+from accel_tf.export._check import draft, require_same_file
 from accel_tf.export._converter_errors import explain
 from accel_tf.export._graph import (
     frozen_graph,
@@ -129,10 +129,11 @@ def litert(
             "16 inputs of one output. Prune it so, with "
             "prune(model, ..., pattern=Block((4, 1))). No file was written."
         )
-    path.write_bytes(content)
-    if verify:
-        note = require_same_file("litert", model, path, batch_size)
-        found = dataclasses.replace(found, note=note)
+    with draft(path, ".tflite") as made:
+        made.write_bytes(content)
+        if verify:
+            note = require_same_file("litert", model, made, batch_size)
+            found = dataclasses.replace(found, note=note)
     return found
 
 
@@ -254,9 +255,10 @@ class _Plan:
                 wrong += [] if isinstance(layer, WeightOnlyLayer) else [path]
         if wrong and not self._allow_float:
             raise ValueError(
-                f"The weights of {report.shorten(sorted(wrong))} are not stored in fewer bits: in the "
-                "converted graph they lie on no grid of one scale per channel or group. Exclude these "
-                "layers, or pass allow_float=True to store them as float32. No file was written."
+                f"The weights of {report.shorten(sorted(wrong))} are not stored in fewer bits: the "
+                "converter folded other constants into them, so that no scale per channel or group fits. "
+                "Exclude these layers, or pass allow_float=True to store them as float32. No file was "
+                "written."
             )
         return tuple(left)
 

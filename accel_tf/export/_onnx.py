@@ -11,7 +11,7 @@ import numpy as np
 from accel_tf import layers as graphs
 from accel_tf._litert import quiet
 from accel_tf.export import _grid
-from accel_tf.export._check import require_same_file
+from accel_tf.export._check import draft, require_same_file
 from accel_tf.export._graph import (
     frozen_graph,
     input_names,
@@ -69,7 +69,8 @@ def onnx(
 
     Raises:
         ValueError: The model is subclassed, has seen no data, has 16-bit activations, or an operator
-            has no counterpart in ONNX; or `opset` is another number. No file is left behind.
+            has no counterpart in ONNX; or `opset` is another number; or the file does not compute what
+            `model` does. No file is left behind.
         ImportError: tf2onnx is not installed.
 
     Example:
@@ -118,9 +119,10 @@ def onnx(
     _shrink_weights(proto.graph, schemes, mixed_scopes(model))
     _without_erfc(proto.graph)
     _require_operators(proto, model)
-    path.write_bytes(proto.SerializeToString())
-    if verify and importlib.util.find_spec("onnxruntime"):
-        require_same_file("onnx", given, path, batch_size)
+    with draft(path, ".onnx") as made:
+        made.write_bytes(proto.SerializeToString())
+        if verify and importlib.util.find_spec("onnxruntime"):
+            require_same_file("onnx", given, made, batch_size)
     return path
 
 

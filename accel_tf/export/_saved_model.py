@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from accel_tf import layers as graphs
 from accel_tf._litert import quiet
-from accel_tf.export._check import require_same_file
+from accel_tf.export._check import draft, require_same_file
 from accel_tf.export._graph import frozen_graph, input_names, output_names, plain, table_in
 from accel_tf.export._litert import require_data
 
@@ -67,18 +67,20 @@ def saved_model(
     graphs.require_model(model, "saved_model")
     require_data(model)
     path = pathlib.Path(path)
-    if not graphs.has_graph(model) or table_in(model):
-        if batch_size is not None:
-            raise ValueError(
-                f"A fixed batch size needs a functional or sequential model without lookup layers; "
-                f"{model.name!r} is none. Leave batch_size out."
-            )
-        with quiet():
-            model.export(str(path), verbose=False)
-    else:
-        _write(plain(model), path, batch_size)
-    if verify:
-        require_same_file("saved_model", model, path, batch_size)
+    constant = graphs.has_graph(model) and not table_in(model)
+    if not constant and batch_size is not None:
+        raise ValueError(
+            f"A fixed batch size needs a functional or sequential model without lookup layers; "
+            f"{model.name!r} is none. Leave batch_size out."
+        )
+    with draft(path) as made:
+        if constant:
+            _write(plain(model), made, batch_size)
+        else:
+            with quiet():
+                model.export(str(made), verbose=False)
+        if verify:
+            require_same_file("saved_model", model, made, batch_size)
     return path
 
 

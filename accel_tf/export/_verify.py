@@ -12,16 +12,15 @@ from accel_tf import layers as graphs
 from accel_tf import report
 from accel_tf._litert import quiet
 from accel_tf.export import _runtimes
+from accel_tf.export._check import floor_of
 from accel_tf.export._graph import intercepted
-from accel_tf.quantization import FakeQuantize, QuantizedLayer
 
 # Intermediate results are compared on this many inputs: enough to tell, and they are large.
 _SAMPLES = 8
 
-# The SQNR that outputs have to reach, in dB. Float files differ by the order of their sums. Of integers,
-# results that fall on a tie are rounded either way, which leaves 30 dB and more; a wrong weight, axis
-# or range does not leave 20.
-_FLOAT, _HALF, _QUANTIZED = 60.0, 30.0, 20.0
+# The SQNR that the outputs of a quantized file have to reach, in dB. Results that fall on a tie are
+# rounded either way, which leaves 30 dB and more; a wrong weight, axis or range does not leave 20.
+_QUANTIZED = 20.0
 # What a quantized model and its file have to keep of the original, in dB.
 _TO_ORIGINAL = 10.0
 
@@ -172,7 +171,7 @@ def verify(
     return Verification(
         path,
         runtime.name,
-        min(_sqnr(y, z) for y, z in pairs),
+        min(graphs.sqnr(y, z) for y, z in pairs),
         max(float(np.abs(y - z).max(initial=0)) for y, z in pairs),
         min(float((y.argmax(-1) == z.argmax(-1)).mean()) if y.ndim else 1.0 for y, z in pairs),
         threshold,
@@ -182,16 +181,12 @@ def verify(
 
 
 def _threshold(model) -> float:
-    layers = [layer for _, layer in graphs.walk(model)]
-    if any(isinstance(layer, QuantizedLayer | FakeQuantize) for layer in layers):
-        return _QUANTIZED
-    half = {"float16", "bfloat16"} & {str(layer.compute_dtype) for layer in layers}
-    return _HALF if half else _FLOAT
+    return max(floor_of(model), _QUANTIZED)
 
 
 def _to_original(original, arrays, outputs) -> float:
     expected = _flat(_call(original, arrays))
-    return min(_sqnr(y, z) for y, z in zip(expected, outputs, strict=True))
+    return min(graphs.sqnr(y, z) for y, z in zip(expected, outputs, strict=True))
 
 
 def _arrays(model, x) -> list[np.ndarray]:
@@ -309,8 +304,8 @@ def _best(run, tensors) -> tuple[str, float, float]:
     for value in run.values:
         for name, tensor in tensors.get(_size(value), ()):
             for view in _views(tensor, value.shape):
-                if (sqnr := _sqnr(value, view)) > best[1]:
-                    varied = _sqnr(value - value.mean(0), view - view.mean(0))
+                if (sqnr := graphs.sqnr(value, view)) > best[1]:
+                    varied = graphs.sqnr(value - value.mean(0), view - view.mean(0))
                     best = (name, sqnr, varied if len(value) > 1 else sqnr)
     return best
 
@@ -337,14 +332,6 @@ def _views(tensor, shape):
         moved = np.moveaxis(tensor, 1, -1)
         if moved.shape == shape:
             yield moved
-
-
-def _sqnr(expected, received) -> float:
-    signal = np.square(expected, dtype=np.float64).sum()
-    noise = np.square(expected - received, dtype=np.float64).sum()
-    if not noise:
-        return np.inf
-    return float(10 * np.log10(signal / noise)) if signal else -np.inf
 
 
 def _decibels(value) -> str:

@@ -17,7 +17,7 @@ import inspect
 
 import keras
 
-from accel_tf.layers import require_model
+from accel_tf.layers import require_model, require_same, run, samples
 from accel_tf.pruning import ConstantSparsity, PolynomialDecay
 from accel_tf.pruning._schedules import Schedule
 
@@ -102,19 +102,21 @@ def from_tfmot(schedule) -> Schedule:
     return known[serialized["class_name"]](**config)
 
 
-def to_tf_keras(model: keras.Model):
+def to_tf_keras(model: keras.Model, *, verify: bool = True):
     """Returns a tf_keras model with the layers and weights of a Keras 3 model.
 
     Args:
         model: A built functional or sequential model; models nested in it may be either, and
             layers may be shared.
+        verify: Whether to compare the new model with `model` on a few samples made from its input
+            specification.
 
     Returns:
         A `tf_keras.Model` of the same names, not compiled.
 
     Raises:
         ValueError: A layer, or an argument of one, has no counterpart in tf_keras; the message
-            names it.
+            names it. Or the new model does not compute what `model` does.
         ImportError: tf_keras is not installed.
 
     Example:
@@ -125,22 +127,28 @@ def to_tf_keras(model: keras.Model):
     'tf_keras.src.engine.sequential'
     """
     require_model(model, "to_tf_keras")
-    return _Converter(keras, _require("tf_keras"), _call_keras_graph).convert(model)
+    legacy = _Converter(keras, _require("tf_keras"), _call_keras_graph).convert(model)
+    if verify:
+        require_same("to_tf_keras", model, legacy)
+    return legacy
 
 
-def from_tf_keras(model) -> keras.Model:
+def from_tf_keras(model, *, verify: bool = True) -> keras.Model:
     """Returns a Keras 3 model with the layers and weights of a tf_keras model.
 
     Args:
         model: A built functional or sequential `tf_keras.Model`. Strip TFMOT's wrappers before:
             `tfmot.sparsity.keras.strip_pruning(model)`.
+        verify: Whether to compare the new model with `model` on a few samples made from its input
+            specification.
 
     Returns:
         A `keras.Model` of the same names, not compiled.
 
     Raises:
         ValueError: `model` is not of tf_keras or not built; or a layer, or an argument of one, has
-            no counterpart in Keras 3; the message names it.
+            no counterpart in Keras 3; the message names it. Or the new model does not compute what
+            `model` does.
         ImportError: tf_keras is not installed.
 
     Example:
@@ -152,7 +160,11 @@ def from_tf_keras(model) -> keras.Model:
     tf_keras = _require("tf_keras")
     if not isinstance(model, tf_keras.Model) or not model.built:
         raise ValueError(f"from_tf_keras expects a built tf_keras.Model. Received: {model!r}")
-    return _Converter(tf_keras, keras, _call_tf_keras_graph).convert(model)
+    new = _Converter(tf_keras, keras, _call_tf_keras_graph).convert(model)
+    x = samples(new) if verify else None
+    if x is not None:
+        require_same("from_tf_keras", new, new, x, expected=run(model, x))
+    return new
 
 
 class _Converter:

@@ -1,9 +1,9 @@
-"""Walk the layers of any Keras model, and rebuild a model with some of its layers replaced.
+"""Walks, rebuilds, copies and checks Keras models; every technique needs these functions.
 
-Every technique needs these two, and they have to treat nested, shared and wrapped layers alike.
+They treat nested, shared and wrapped layers alike.
 """
 
-from accel_tf.layers._check import difference, require_same, run, samples, sqnr
+from accel_tf.layers._check import difference, require_same, run, samples, sqnr, tells
 from accel_tf.layers._expand import OwnWeight, expand, functional, passes_on
 from accel_tf.layers._operator import Operator
 from accel_tf.layers._rebuild import NOT_COPIED, REMOVED, Site, anew, rebuild, rebuild_calls
@@ -33,5 +33,6 @@ __all__ = [
     "run",
     "samples",
     "sqnr",
+    "tells",
     "walk",
 ]

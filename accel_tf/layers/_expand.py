@@ -6,19 +6,22 @@ from collections.abc import Callable
 
 import keras
 
+from accel_tf.layers._check import require_same
 from accel_tf.layers._walk import Functional, calls, walk
 
 
-def functional(model: keras.Model, inputs) -> keras.Model:
+def functional(model: keras.Model, inputs, *, verify: bool = True) -> keras.Model:
     """Returns a functional model of what a subclassed one computes, which shares its weights.
 
     Args:
         model: A model whose `call` is made of layers, weights and `keras.ops`.
         inputs: An example of what it is called with, an array (n, …) or a structure of arrays. Only
             their types, and their shapes but for n, matter.
+        verify: Whether to compare the graph with `model` on `inputs`.
 
     Raises:
-        ValueError: `call` uses something else, which has no graph.
+        ValueError: `call` uses something else, which has no graph; or the graph does not compute what
+            `model` does, as `call` depends on something that is no tensor.
 
     Example:
 
@@ -47,12 +50,14 @@ def functional(model: keras.Model, inputs) -> keras.Model:
         graph = keras.Model(tensors, outputs, name=model.name)
         if lost := [v.path for call in calls(graph) for v in _variables_given(call.layer)]:
             raise ValueError(f"It uses {lost[0]} as it is, which is no attribute of the model.")
-        return graph
     except Exception as error:
         raise ValueError(
             f"Model {model.name!r} ({type(model).__name__}) has no graph: its call uses more than "
             f"layers, weights and keras.ops, which works on numbers only. {type(error).__name__}: {error}"
         ) from error
+    if verify:
+        require_same("functional", model, graph, inputs)
+    return graph
 
 
 def expand(

@@ -36,7 +36,7 @@ def anew(layer: keras.Layer, path: str, /, **changes) -> keras.Layer:
         raise ValueError(
             f"Layer {path!r} ({type(layer).__name__}) cannot be copied, as its configuration does not "
             "make it again: its get_config has to return all that its constructor takes. "
-            f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         ) from error
 
 
@@ -76,14 +76,15 @@ def rebuild(
     replace: Callable[[str, keras.Layer], keras.Layer | None],
     on_input: Callable[[int], keras.Layer | None] | None = None,
     input_shape: Callable[[keras.KerasTensor], tuple] | None = None,
-    on_operator: Callable[[keras.Operation], keras.Layer | None] | None = None,
     on_failure: Callable[[str], None] | None = None,
 ) -> keras.Model:
-    """Returns a copy of `model`, sharing nothing with it, in which some layers are replaced.
+    """Returns a copy of `model` in which some layers are replaced.
+
+    The copy shares nothing with `model`, except for layers that `on_failure` is told of.
 
     Nested functional and sequential models are rebuilt too; a layer used several times is replaced
-    once and stays shared. Layers that are kept are made anew from their configuration and get the
-    state of the original, see `copy_state`.
+    once and stays shared. Layers that are kept are copied by their configuration and get the state of
+    the original, see `copy_state`.
 
     Args:
         model: A built functional or sequential model.
@@ -94,9 +95,7 @@ def rebuild(
             that input, or `None`.
         input_shape: Called with each input of `model` and of the models nested in it; returns its
             shape in the copy, with the batch. By default it keeps the shape that it has.
-        on_operator: Called once per operator between layers; returns a layer made by `Operator.of`,
-            or one around it, or `None` to keep the operator.
-        on_failure: Called with the path of each layer that cannot be made anew, which both models share
+        on_failure: Called with the path of each layer that cannot be copied, which both models share
             then. By default that is an error.
 
     Returns:
@@ -106,7 +105,7 @@ def rebuild(
         ValueError: `model` is subclassed, so that it has no graph of layers to rebuild; or the
             configuration of a layer does not make it again.
     """
-    copier = _Copier(model, lambda site, path, layer: replace(path, layer), on_operator)
+    copier = _Copier(model, lambda site, path, layer: replace(path, layer))
     copier.input_shape, copier.on_failure = input_shape, on_failure
     return copier.copy(on_input)
 
@@ -129,17 +128,21 @@ def rebuild_calls(
             and the layer or operator itself; returns a new layer, or `None` to keep it.
         on_input: As for `rebuild`.
 
-    Returns, raises: as `rebuild`.
+    Returns:
+        As `rebuild`.
+
+    Raises:
+        ValueError: As `rebuild`.
     """
-    return _Copier(model, replace, None, per_call=True).copy(on_input)
+    return _Copier(model, replace, per_call=True).copy(on_input)
 
 
 class _Copier:
     """One copy of a model under way."""
 
-    def __init__(self, model, replace, on_operator, per_call=False):
+    def __init__(self, model, replace, per_call=False):
         require_model(model, "rebuild")
-        self._model, self._replace, self._on_operator = model, replace, on_operator
+        self._model, self._replace = model, replace
         self._per_call = per_call
         self.input_shape = self.on_failure = None
         self._paths = {id(layer): path for path, layer in walk(model)}
@@ -197,7 +200,7 @@ class _Copier:
         if has_graph(layer):
             return self._copy_model(layer, path, site, name)
         if not isinstance(layer, keras.Layer) and not self._per_call:
-            return (self._on_operator and self._on_operator(layer)) or layer
+            return layer
         new = self._replace(site, path, layer)
         if new is REMOVED:
             return _Removed(name=layer.name)

@@ -46,9 +46,9 @@ def prune(
     `strip_pruning` ends it. A `tf.function` of your own that contains the training step has to be
     made after the call, as it records the constraints it finds.
 
-    `fit` warns when it starts if it is too short: if it ends before the schedule does. It knows
-    nothing of its argument `initial_epoch` and of generators' length, and looks again only after
-    `compile`; `SparsityLog` looks at each `fit`.
+    When `fit` starts, a warning is given if the training ends before the schedule does. The check does
+    not see `initial_epoch` or the length of a generator, and is repeated only after `compile`;
+    `SparsityLog` checks at each `fit`.
 
     Call `prune` again after loading a model or weights, not before, with `initial_step`: a file
     holds the zeros, not the schedule. A loaded model that is trained without this call loses its

@@ -143,6 +143,11 @@ def _traced_name(function) -> str | None:
     except Exception:  # whatever a function does with a symbolic tensor
         return None
     name = _name_of_operation(operation)
+    # Those of Keras's activations, by whose names a layer is made again.
+    if name == "leaky_relu" and operation.negative_slope != 0.2:
+        return None
+    if name == "elu" and operation.alpha != 1.0:
+        return None
     return None if given is not x or (name == "softmax" and operation.axis != -1) else name
 
 

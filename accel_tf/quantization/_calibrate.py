@@ -1,13 +1,14 @@
 """Post-training quantization: the ranges of a fake-quantized model from data, without training."""
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Sequence
 
 import keras
 import tensorflow as tf
 
-from accel_tf.layers import difference, run, samples, walk
+from accel_tf.layers import run, samples, sqnr, walk
 from accel_tf.quantization._checks import require_ranges
 from accel_tf.quantization._data import batches_of, inputs_of
 from accel_tf.quantization._fake import FakeQuantize, observing
@@ -155,13 +156,15 @@ def _note_noise(model, quantized, x):
     x = samples(model) if x is None else x
     if x is None:
         return
-    ratio = difference(run(model, x), run(quantized, x))
+    pairs = zip(run(model, x), run(quantized, x), strict=True)
+    # An index, such as an arg-max, differs much where two values are close.
+    ratio = min((sqnr(y, z) for y, z in pairs if y.dtype.kind not in "iub"), default=math.inf)
     found = report_of(quantized)
     note = f"{found.note} With rounding: {ratio:.1f} dB."
     attach(quantized, dataclasses.replace(found, note=note))
     if ratio < _LEAST:
         warnings.warn(
-            f"Quantized, model {model.name!r} differs from the original much: its outputs have a "
+            f"The quantized model {model.name!r} differs much from the original: its outputs have a "
             f"signal-to-quantization-noise ratio of {ratio:.1f} dB on the first samples of the data, where "
             f"{_LEAST:g} dB and more are usual. accel_tf.quantization.quantization_error(quantized, x) tells "
             "which layers cause it; leave those in float with exclude=[...].",

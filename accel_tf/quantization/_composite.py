@@ -197,6 +197,8 @@ def _rolled(operation, x):
     if not isinstance(operation.axis, int) or not isinstance(operation.shift, int):
         return None
     axis = operation.axis % len(x.shape)
+    if x.shape[axis] is None:
+        return None
     first = -operation.shift % x.shape[axis]
     parts = tf.split(x, (first, x.shape[axis] - first), axis)
     return tf.concat(parts[::-1], axis)

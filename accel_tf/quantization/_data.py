@@ -17,7 +17,7 @@ def batches_of(model: keras.Model, data, batch_size: int) -> Iterable:
         batch_size: The number of samples in each batch of an array.
 
     Raises:
-        ValueError: `data` is no data, is infinite, or holds another number of arrays than the model
+        ValueError: `data` is neither arrays nor batches, is infinite, or holds another number of arrays than the model
             has inputs.
     """
     if isinstance(data, tf.data.Dataset):

@@ -104,11 +104,6 @@ def rewrite(model, scheme, exclude, verb) -> keras.Model:
     graphs.require_model(model, verb)
     if not isinstance(scheme, Scheme | Mixed):
         raise ValueError(f"{verb} expects a scheme such as Int8(), received {scheme!r}.")
-    if quantized := [path for path, layer in graphs.walk(model) if isinstance(layer, FakeQuantize)]:
-        raise ValueError(
-            f"Model {model.name!r} is quantized already ({report.shorten(quantized, 2)}). "
-            f"Give {verb} the float model that it was made from."
-        )
     layers = graphs.walk(model)
     paths = [path for path, v in layers if not isinstance(v, keras.layers.InputLayer)]
     scheme_at = schemes_by_path(scheme, exclude, [*paths, *_operators(model)])
@@ -119,39 +114,74 @@ def rewrite(model, scheme, exclude, verb) -> keras.Model:
 
     model = graphs.expand(model, graph)
     plan = Plan(model, scheme_at)
-    inner: dict[int, keras.Layer] = {}  # what runs a layer, shared by the wrappers of its calls
-    uses = Counter(id(layer) for layer in plan.layers.values())
-    keys: dict[int, str] = {}
+    wrappers = _Wrappers(plan)
+    new_model = graphs.rebuild_calls(
+        model, wrappers.of_call, lambda i: _input_quantizer(model, plan, i)
+    )
+    wrappers.copy_state(new_model)
+    kept = _preserve.keep(new_model)
+    report.attach(new_model, _report(verb, model, plan, wrappers.inner, kept))
+    return new_model
 
-    def replaced(site, path, layer):
-        step = plan.steps.get(site)
+
+class _Wrappers:
+    """The wrappers that take the place of the calls of layers, as a `Plan` says.
+
+    Attributes:
+        inner: The copy of each layer that its wrappers run, one for all of its calls, by the `id` of the
+            layer.
+    """
+
+    def __init__(self, plan):
+        self.inner: dict[int, keras.Layer] = {}
+        self._plan = plan
+        self._uses = Counter(id(layer) for layer in plan.layers.values())
+        self._keys: dict[int, str] = {}
+
+    def of_call(self, site, path, layer):
+        """Returns the wrapper for a call of a layer or operator, `None` if it stays as it is."""
+        step = self._plan.steps.get(site)
         if step is None or step.wrapper is None:
             return None
-        if id(layer) not in inner:
+        if id(layer) not in self.inner:
+            path = self._plan.paths[id(layer)]
             if isinstance(layer, keras.Layer):
-                require_finite(layer, plan.paths[id(layer)])
-            inner[id(layer)] = step.inner(layer, plan.paths[id(layer)])
-        wrapper = step.wrap(inner[id(layer)])
-        if uses[id(layer)] > 1:
-            wrapper.shared = keys.setdefault(id(layer), uuid.uuid4().hex)
+                require_finite(layer, path)
+            self.inner[id(layer)] = step.inner(layer, path)
+        wrapper = step.wrap(self.inner[id(layer)])
+        if self._uses[id(layer)] > 1:
+            wrapper.shared = self._keys.setdefault(id(layer), uuid.uuid4().hex)
         return wrapper
 
-    def on_input(i):
-        scheme = plan.input_schemes[i]
-        if scheme is None:
-            return None
-        # Observed once, however many layers read it: the file has one grid for each input.
-        return FakeQuantize(
-            scheme.activation_bits,
-            scheme.observer,
-            symmetric=scheme.symmetric,
-            name=f"{model.inputs[i].name}_quantizer",
-        )
+    def copy_state(self, new_model):
+        """Gives the layers inside of wrappers the state of those that they are copies of."""
+        frozen = set()
+        layers = {id(v): v for v in self._plan.layers.values() if isinstance(v, keras.Layer)}
+        for key in layers.keys() & self.inner.keys():
+            old, new = layers[key], self.inner[key]
+            graphs.copy_state(old, new, self._plan.paths[key])
+            new.trainable = old.trainable
+            if not old.trainable:
+                frozen.add(id(new))
+        for _, wrapper in graphs.walk(new_model):
+            if isinstance(wrapper, QuantizedLayer) and id(wrapper.layer) in frozen:
+                wrapper.trainable = False
 
-    new_model = graphs.rebuild_calls(model, replaced, on_input)
-    _copy_weights(plan, inner, new_model)
-    report.attach(new_model, _report(verb, model, plan, inner, _preserve.keep(new_model)))
-    return new_model
+
+def _input_quantizer(model, plan, i):
+    """Returns the quantizer of the model's input i, or `None`.
+
+    An input is observed once, however many layers read it, as it has one scale and zero point in a file.
+    """
+    scheme = plan.input_schemes[i]
+    if scheme is None:
+        return None
+    return FakeQuantize(
+        scheme.activation_bits,
+        scheme.observer,
+        symmetric=scheme.symmetric,
+        name=f"{model.inputs[i].name}_quantizer",
+    )
 
 
 def _operators(model, prefix=""):
@@ -166,8 +196,13 @@ def _operators(model, prefix=""):
 
 
 def _require_floats(model, scheme_at, verb):
-    """Raises a ValueError if a layer that is to be quantized is so already, by Keras."""
+    """Raises a ValueError if a model, or a layer that is to be quantized, is quantized already."""
     for path, layer in graphs.walk(model):
+        if isinstance(layer, FakeQuantize):
+            raise ValueError(
+                f"Model {model.name!r} is quantized already (layer {path!r}). Give {verb} the float model "
+                "that it was made from."
+            )
         mode = getattr(layer, "quantization_mode", None)
         if mode and scheme_at(path) is not None:
             raise ValueError(
@@ -175,18 +210,6 @@ def _require_floats(model, scheme_at, verb):
                 f"quantize({mode!r}): its weights are integers already. Give {verb} the model as it was "
                 f"before, or leave the layer as it is with exclude=[{path!r}]."
             )
-
-
-def _copy_weights(plan, inner, new_model):
-    """Gives the layers inside of wrappers the state of those that they stand for."""
-    layers = {id(layer): layer for layer in plan.layers.values() if isinstance(layer, keras.Layer)}
-    for key in layers.keys() & inner.keys():
-        graphs.copy_state(layers[key], inner[key], plan.paths[key])
-        inner[key].trainable = layers[key].trainable
-    frozen = {id(inner[key]) for key in layers.keys() & inner.keys() if not layers[key].trainable}
-    for _, wrapper in graphs.walk(new_model):
-        if isinstance(wrapper, QuantizedLayer) and id(wrapper.layer) in frozen:
-            wrapper.trainable = False
 
 
 def _report(verb, model, plan, inner, kept):

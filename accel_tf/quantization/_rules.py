@@ -235,7 +235,7 @@ def rule_of(layer) -> Rule | None:
     if type(layer) in _CHAINS and _terms(layer) > 2:
         return None  # The integer kernels take two tensors, see `graph_of`.
     if not isinstance(layer, keras.Layer):
-        by_tensor = type(layer) in _DIVISIONS and _terms(layer) > 1
+        by_tensor = type(layer) in _DIVISIONS and not _divides_by_number(layer)
         return _ISLAND if rule is None or by_tensor else rule
     return _IDENTITY if rule is _ACTIVATION and _activations.name_of(layer) == "linear" else rule
 
@@ -248,6 +248,13 @@ _CHAINS = {
     _L.Multiply: keras.ops.multiply,
 }
 _DIVISIONS = (numpy_ops.Divide, numpy_ops.TrueDivide)
+
+
+def _divides_by_number(operation) -> bool:
+    """Whether an operator divides a tensor by a number, which is a product, and not one by a tensor."""
+    numerator, denominator = operation._inbound_nodes[0].arguments.args[:2]
+    tensors = [isinstance(x, keras.KerasTensor) for x in (numerator, denominator)]
+    return tensors == [True, False]
 
 
 def _terms(layer) -> int:

@@ -46,7 +46,6 @@ class SparseLayer(keras.layers.Layer):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        self.supports_masking = True
         if not 0 <= sparsity < 1:
             raise ValueError(f"sparsity is a fraction of zeros in [0, 1). Received: {sparsity!r}")
         if nonzeros is not None and nonzeros < 0:

@@ -50,6 +50,7 @@ class SparseDense(SparseLayer):
 
     def __init__(self, units, sparsity=0.9, activation=None, use_bias=True, **kwargs):
         super().__init__(sparsity, activation, use_bias, **kwargs)
+        self.supports_masking = True  # as in Dense; convolutions end a mask
         if not isinstance(units, (int, np.integer)) or units < 1:
             raise ValueError(f"units must be a positive integer. Received: {units!r}")
         self.units = int(units)

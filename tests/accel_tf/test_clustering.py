@@ -159,6 +159,7 @@ def test_mirrored_strategy_and_low_precision(policy):
 # With pruning
 
 
+@pytest.mark.filterwarnings("ignore:Training ends at step")
 @pytest.mark.parametrize("scope", ["layer", "global"])
 def test_a_pruned_model_stays_sparse_while_it_is_clustered(scope):
     """Also while the schedule goes on: 16 values, one of them zero."""

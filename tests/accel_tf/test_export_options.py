@@ -1,5 +1,7 @@
 """What export takes and refuses: other floats, other backends, other types, operators without kernels."""
 
+import importlib
+
 import keras
 import numpy as np
 import pytest
@@ -102,3 +104,25 @@ def test_a_folder_that_needs_the_sparse_operator_says_so(tmp_path):
     assert at.export.verify(sparse, path, x).sqnr > 100
     with pytest.raises(ValueError, match=r"no operator for AccelTfSparseMatMul \(in dense\)"):
         at.export.litert(sparse, tmp_path / "m.tflite")
+
+
+def test_a_wrong_file_does_not_replace_a_right_one(tmp_path, monkeypatch):
+    """The converter is made to write a file of another model."""
+    right = keras.Sequential([keras.Input((4,)), L.Dense(3)])
+    other = keras.models.clone_model(right)
+    at.export.litert(right, tmp_path / "m.tflite")
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "notes.txt").write_text("mine")
+    before = (tmp_path / "m.tflite").read_bytes()
+    for module, verb, name in (
+        ("_litert", "litert", "m.tflite"),
+        ("_saved_model", "saved_model", "saved"),
+    ):
+        module = importlib.import_module(f"accel_tf.export.{module}")
+        monkeypatch.setattr(module, "plain", lambda model: other)
+        with pytest.raises(ValueError, match=f"{verb} wrote a file that does not compute"):
+            getattr(at.export, verb)(right, tmp_path / name)
+    assert (tmp_path / "m.tflite").read_bytes() == before
+    assert [p.name for p in (tmp_path / "saved").iterdir()] == ["notes.txt"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.tflite", "saved"]
+    at.export.litert(right, tmp_path / "m.tflite", verify=False)  # the wrong one, as asked for

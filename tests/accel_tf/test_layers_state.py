@@ -188,3 +188,30 @@ def test_a_nested_subclassed_model_is_a_layer_like_others():
     reasons = dict(at.report_of(small).skipped)
     assert "no rule" in reasons["inner"]
     np.testing.assert_array_equal(at.fuse(model)(FAR), model(FAR))
+
+
+@pytest.mark.filterwarnings("ignore:Layer 'conv1d")  # Keras says so of the float model.
+def test_masks_end_at_sparse_convolutions_as_at_dense_ones():
+    inputs = keras.Input((6,), dtype="int32")
+    x = L.Conv1D(8, 3, padding="same")(L.Embedding(9, 8, mask_zero=True)(inputs))
+    model = keras.Model(inputs, L.GlobalAveragePooling1D()(x))
+    ids = np.array([[3, 4, 0, 0, 0, 0], [1, 2, 3, 4, 5, 6]])
+    assert decibels(model(ids), at.sparsify(model, min_sparsity=0.0)(ids)) > 100
+
+
+def test_outputs_that_are_not_finite_never_agree_with_others():
+    finite, nan = np.ones((2, 3)), np.full((2, 3), np.nan)
+    assert layers.sqnr(finite, nan) == layers.sqnr(nan, finite) == -np.inf
+    assert layers.sqnr(nan, nan) == np.inf and not layers.tells([nan, 0 * finite])
+    assert layers.difference([finite, finite], [finite, nan]) == -np.inf
+
+
+def test_activations_with_other_parameters_than_keras_have_are_kept():
+    x = RNG.normal(size=(32, 16)).astype("float32")
+    for activation in (
+        lambda x: keras.ops.leaky_relu(x, 0.5),
+        lambda x: keras.ops.elu(x, 0.3),
+    ):
+        model = keras.Sequential([keras.Input((16,)), L.Dense(4, activation=activation)])
+        with pytest.raises(ValueError, match="its activation '<lambda>' is none of"):
+            at.calibrate(model, x, verbose=0)

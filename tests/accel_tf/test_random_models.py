@@ -36,7 +36,7 @@ L = keras.layers
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:{MASK_WARNING}"),
     # Constants of each sort leave some models without a signal in 8 bits, in TensorFlow's files as well.
-    pytest.mark.filterwarnings("ignore:Quantized, model"),
+    pytest.mark.filterwarnings("ignore:The quantized model"),
 ]
 
 # In dB, to the original model. float64 models are exported and fused in float32, too.
