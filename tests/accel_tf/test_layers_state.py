@@ -215,3 +215,10 @@ def test_activations_with_other_parameters_than_keras_have_are_kept():
         model = keras.Sequential([keras.Input((16,)), L.Dense(4, activation=activation)])
         with pytest.raises(ValueError, match="its activation '<lambda>' is none of"):
             at.calibrate(model, x, verbose=0)
+
+
+def test_a_large_constant_in_the_outputs_hides_no_fault():
+    model = keras.Sequential([keras.Input((16,)), Forgetful(3.0, name="mine"), L.Dense(2)])
+    model.layers[-1].bias.assign([1e4, 1e4])
+    with pytest.raises(ValueError, match="20 dB of what varies between samples"):
+        at.fuse(model)
