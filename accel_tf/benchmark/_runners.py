@@ -89,7 +89,8 @@ class LiteRTFileRunner:
         return self._runner.prepare(_samples.as_arrays(x))
 
     def predict(self, x, batch_size: int, by_name: bool = False):
-        return _samples.in_batches(self._runner, x, batch_size)
+        fixed = int(self._runner.inputs[0]["shape_signature"][0])
+        return _samples.in_batches(self._runner, x, _samples.multiple_of(fixed, batch_size))
 
 
 class Input(NamedTuple):
@@ -127,7 +128,8 @@ class _NamedInputsRunner:
                 return outputs
             return dict(zip(self.outputs, outputs, strict=True))
 
-        return _samples.in_batches(run, x, batch_size)
+        fixed = self.inputs[0].shape[0]
+        return _samples.in_batches(run, x, _samples.multiple_of(fixed, batch_size))
 
     def _run(self, feed: dict[str, Any]) -> list:
         raise NotImplementedError

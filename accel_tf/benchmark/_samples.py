@@ -47,3 +47,15 @@ def in_batches(run, x, batch_size: int):
     return tf.nest.map_structure(
         lambda *leaves: np.concatenate(list(map(np.asarray, leaves))), *parts
     )
+
+
+def multiple_of(fixed: int | None, size: int) -> int:
+    """Returns the number of samples to run at a time, some `size`, where a file takes `fixed` per run.
+
+    Args:
+        fixed: The batch size of the file; `None` or a negative number if it takes any.
+        size: About how many samples are wanted.
+    """
+    if fixed is None or fixed < 1:
+        return size
+    return max(size // fixed, 1) * fixed

@@ -130,8 +130,8 @@ _FORMS = {
 
 
 @keras.saving.register_keras_serializable(package="accel_tf")
-class QuantizedGridOperator(QuantizedOperator):
-    """Runs an operator whose outputs are on the grid of its input, such as a split.
+class QuantizedSameScale(QuantizedOperator):
+    """Runs an operator whose outputs have the scale and zero point of its input, such as a split.
 
     Args:
         layer: An `accel_tf.layers.Operator`.

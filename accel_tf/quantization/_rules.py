@@ -197,7 +197,7 @@ RULES: dict[type, Rule] = {
             numpy_ops.Split,
             numpy_ops.Swapaxes,
         ],
-        Rule("grid", _composite.QuantizedGridOperator),
+        Rule("grid", _composite.QuantizedSameScale),
     ),
     **dict.fromkeys(
         [

@@ -167,3 +167,14 @@ def test_a_missing_runtime_says_what_to_install(network, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(ImportError, match=r"pip install 'accel-tf\[onnx\]'"):
         benchmark.compare(path, np.zeros((2, 4)))
+
+
+@pytest.mark.parametrize("suffix", ["tflite", "onnx"])
+def test_a_fixed_batch_need_not_divide_what_is_scored_at_a_time(suffix, tmp_path):
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
+    path, write = tmp_path / f"m.{suffix}", {"tflite": at.export.litert, "onnx": at.export.onnx}
+    write[suffix](model, path, batch_size=100)
+    x = np.random.default_rng(0).normal(size=(300, 4)).astype("float32")
+    y = np.asarray(model(x)).argmax(1)
+    table = at.compare({"file": path}, x, y, latency_batch=100, rounds=3, verbose=0)
+    assert table["file"].score == 1.0
