@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Sequence
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from accel_tf.layers import run, samples, sqnr, walk
@@ -52,8 +53,9 @@ def calibrate(
         batch_size: How many inputs of an array to run at a time.
         verbose: 1 for a progress bar, 0 for silence.
         verify: Whether to compare the new model with `model` on the first samples of the data. With
-            nothing rounded it has to compute the same. What rounding costs is noted in the report as a
-            signal-to-quantization-noise ratio, and a warning is given if that is below 10 dB.
+            nothing rounded it has to compute the same. What rounding costs is noted in the report as the
+            median signal-to-quantization-noise ratio of a sample, and a warning is given if that is below
+            10 dB.
 
     Returns:
         A new model of the same class, not compiled.
@@ -151,6 +153,11 @@ def _with_observers(model, quantized, scheme, exclude):
     return result
 
 
+def _usual_ratio(y, z) -> float:
+    """Returns the median of the samples' SQNR in dB: an outlier is clipped on purpose by some observers."""
+    return float(np.median([sqnr(a, b) for a, b in zip(y, z, strict=True)]))
+
+
 def _note_noise(model, quantized, x):
     """Adds what rounding costs to the report, and warns if that is much."""
     x = samples(model) if x is None else x
@@ -158,14 +165,15 @@ def _note_noise(model, quantized, x):
         return
     pairs = zip(run(model, x), run(quantized, x), strict=True)
     # An index, such as an arg-max, differs much where two values are close.
-    ratio = min((sqnr(y, z) for y, z in pairs if y.dtype.kind not in "iub"), default=math.inf)
+    ratios = [_usual_ratio(y, z) for y, z in pairs if y.dtype.kind not in "iub"]
+    ratio = min(ratios, default=math.inf)
     found = report_of(quantized)
     note = f"{found.note} With rounding: {ratio:.1f} dB."
     attach(quantized, dataclasses.replace(found, note=note))
     if ratio < _LEAST:
         warnings.warn(
             f"The quantized model {model.name!r} differs much from the original: its outputs have a "
-            f"signal-to-quantization-noise ratio of {ratio:.1f} dB on the first samples of the data, where "
+            f"median signal-to-quantization-noise ratio of {ratio:.1f} dB on the first samples, where "
             f"{_LEAST:g} dB and more are usual. accel_tf.quantization.quantization_error(quantized, x) tells "
             "which layers cause it; leave those in float with exclude=[...].",
             stacklevel=3,
