@@ -72,6 +72,7 @@ class QuantizedLayer(keras.layers.Wrapper):
         self.quantize_inputs = list(quantize_inputs)
         self.output_mode = output
         self._kept, self.shared = kept, shared
+        self.masked = False  # whether a mask has reached the layer inside, in this process
         self.activation = activation
         self.input_quantizers = [
             self._quantizer(f"input_{i}") if needed is True else None
@@ -115,7 +116,7 @@ class QuantizedLayer(keras.layers.Wrapper):
         """Why a part of the layer is computed in float between quantized tensors; or `""`."""
         if not self.scheme.activation_bits:
             return ""
-        if isinstance(self.layer, _L.GlobalAveragePooling1D):
+        if self.masked and isinstance(self.layer, _L.GlobalAveragePooling1D):
             return "LiteRT has no int8 kernel for a mean over a mask"
         return self.island(self.layer) or _activations.float_island(self.activation)
 
@@ -223,6 +224,7 @@ class QuantizedLayer(keras.layers.Wrapper):
         inputs = self.on_one_grid(inputs)
         y = call_layer(self.layer, inputs, training, mask)
         if any(m is not None for m in keras.tree.flatten(mask)) and takes(self.layer, "mask"):
+            self.masked = True
             return y  # The integer kernels that `note` knows take no mask.
         return self.noted(inputs, y)
 
@@ -238,7 +240,7 @@ class QuantizedLayer(keras.layers.Wrapper):
         """Returns `y`, the output for `inputs`, with how the runtime computes it noted on it."""
         name = _activations.name_of(self.layer)
         if name in _activations.FUSED:
-            return _activations.note_clipped(name, inputs, y)
+            return _activations.note_clipped(name, keras.tree.flatten(inputs)[0], y)
         return note(self.layer, inputs, y)
 
     def compute_mask(self, inputs, previous_mask=None):

@@ -228,6 +228,8 @@ def _report(verb, model, plan, inner, kept):
         notes = [*dict.fromkeys(step.note for step in steps), kept.get(path)]
         if len(steps) > 1 and any(step.output for step in steps):
             notes.append(f"ranges of their own for {len(steps)} calls")
-        entries = done if key in inner and any(step.changes for step in steps) else skipped
-        entries.append(report.Entry(path, ", ".join(filter(None, notes))))
+        note = ", ".join(filter(None, notes))
+        changed = key in inner and any(step.changes for step in steps)
+        if changed or note:  # An operator that makes a mask is neither.
+            (done if changed else skipped).append(report.Entry(path, note))
     return report.Report(verb, tuple(done), tuple(skipped))
