@@ -308,9 +308,8 @@ def score(model):
 
 widths, without, trained = (8, 4, 3, 2), [], []
 for bits in widths:
-    few = x_train[
-        :256
-    ]  # verify=False: two bits are expected to fail, without a warning
+    few = x_train[:256]
+    # Two bits are expected to fail; verify=False leaves out the warning.
     without.append(score(at.calibrate(cnn, few, scheme(bits), verbose=0, verify=False)))
     model = at.quantize_aware(cnn, scheme(bits))
     model.compile(keras.optimizers.Adam(1e-3), "sparse_categorical_crossentropy")
