@@ -82,10 +82,8 @@ def litert(
             models.
         io_dtype: The data type of the inputs and outputs of an `Int8` model: `"uint8"` for a program
             that feeds images as they are, `"float32"` for one that knows of no quantization. By
-            default it is `"int8"`, and `"int16"` for `Int16x8`. Inputs of indices stay int32. Whether
-            weights have a scale per channel or per tensor is no option here: the model rounds
-            them, and the file has to equal the model.
-
+            default it is `"int8"`, and `"int16"` for `Int16x8`. Inputs of indices stay int32. For one
+            scale per weight tensor, quantize with `Int8(per_channel=False)`.
         verify: Whether to run the file on a few samples made from the input specification of `model`,
             and to compare the outputs; the result notes how well they agree.
 

@@ -216,6 +216,10 @@ class Masks:
         Args:
             variable: The weight whose constraint is being applied.
         """
+        self._require_trainable()
+        # Before the masks follow: where weights no longer fit their masks, they were replaced.
+        if self.training_start is not None:
+            self.training_start()
         if tf.inside_function():
             with tf.init_scope():
                 self._follow(variable)
@@ -227,9 +231,6 @@ class Masks:
         shared = len(self.variables) > 1 and tf.inside_function()
         decide = self._traced if shared else self._decide
         tf.cond(tf.not_equal(due, self.latest), lambda: decide(due), lambda: None)
-        # Warnings come last, after the errors of all that is called above.
-        if self.training_start is not None:
-            self.training_start()
 
     def _follow(self, variable):
         """Lets the masks follow from weights that were restored, before the step that is traced.
@@ -248,14 +249,16 @@ class Masks:
             self.masks[id(v)].assign(masks[id(v)])
         self.latest.assign(due)
 
-    def _choose(self, due, scores) -> dict:
-        """Returns the mask of each weight, by its id, after the schedule's update at `due`."""
+    def _require_trainable(self):
         frozen = [v.path for v in self.variables if not v.trainable]
         if frozen and len(self.variables) > 1:
             raise ValueError(
                 f"The weight {frozen[0]!r} was frozen after prune(…, scope='global'): its zeros can "
                 "no longer follow the schedule. Call prune again for the weights that are trained."
             )
+
+    def _choose(self, due, scores) -> dict:
+        """Returns the mask of each weight, by its id, after the schedule's update at `due`."""
         index = (due - self.schedule.begin_step) // self.schedule.frequency
         last = tf.cast(tf.size(self._levels) - 1, tf.int64)
         sparsity = tf.gather(self._levels, tf.clip_by_value(index, 0, last))

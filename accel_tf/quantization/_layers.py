@@ -178,6 +178,8 @@ class QuantizedLayer(keras.layers.Wrapper):
             return variable.value
         if _preserve.clusters_of(variable):
             return _preserve.round_clusters(variable, self, axes)
+        if axes and not self.scheme.per_channel:
+            return _preserve.round_on_one_grid(variable, self)
         if frozen():
             # A constant at once: a converter folds such arithmetic slowly, and that of groups not.
             with tf.init_scope():
@@ -195,7 +197,14 @@ class QuantizedLayer(keras.layers.Wrapper):
         if scheme.weight_type == "float" or scheme.group_size is not None:
             return None
         with evaluated():
-            limits = tf.reshape(limits_of_channels(tf.cast(rounded, tf.float32), axes), (-1,))
+            if scheme.per_channel:
+                limits = limits_of_channels(tf.cast(rounded, tf.float32), axes)
+            else:
+                weights = tf.cast(variable.value, tf.float32)
+                limits = tf.fill(
+                    limits_of_channels(weights, axes).shape, tf.reduce_max(tf.abs(weights))
+                )
+            limits = tf.reshape(limits, (-1,))
             return Sums(grid_of(x).exact_step, limits, 2 ** (scheme.weight_bits - 1) - 1)
 
     def bias(self, variable, sums):

@@ -80,7 +80,9 @@ class Step:
 def _weights_note(scheme):
     if scheme.weight_type == "float":
         return f"weights float{scheme.weight_bits}"
-    per = "channel" if scheme.group_size is None else f"group of {scheme.group_size}"
+    per = "channel" if scheme.per_channel else "tensor"
+    if scheme.group_size is not None:
+        per = f"group of {scheme.group_size}"
     return f"weights int{scheme.weight_bits} per {per}"
 
 

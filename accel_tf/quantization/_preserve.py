@@ -118,8 +118,7 @@ def round_clusters(variable, wrapper: keras.Layer, axes) -> tf.Tensor:
 
     For `Int8`, each cluster becomes one integer of a single grid. Scales for each channel would make
     it as many integers as there are channels, and a BatchNormalization that is folded would do so
-    again. It is an operator of quantization here, not plain arithmetic, since the converter takes
-    its integers as they are. The gradient passes straight through.
+    again. The gradient passes straight through.
 
     Args:
         variable: The Keras variable.
@@ -129,6 +128,20 @@ def round_clusters(variable, wrapper: keras.Layer, axes) -> tf.Tensor:
     scheme = wrapper.scheme
     if scheme.weight_type != "int" or scheme.activation_bits != 8:
         return round_weights(variable.value, scheme, axes)
+    return round_on_one_grid(variable, wrapper)
+
+
+def round_on_one_grid(variable, wrapper: keras.Layer) -> tf.Tensor:
+    """Returns the values of a weight rounded to 8 bits with one scale for all of them.
+
+    It is an operator of quantization here, not plain arithmetic, since the converter takes its
+    integers as they are, where it would find a scale for each channel in constants. The gradient
+    passes straight through.
+
+    Args:
+        variable: The Keras variable.
+        wrapper: The `QuantizedLayer` that it belongs to.
+    """
     return straight_through(
         lambda w: _one_grid(w, variable, wrapper), tf.convert_to_tensor(variable.value)
     )
@@ -141,7 +154,7 @@ def _one_grid(w, variable, wrapper):
         with tf.init_scope():  # A converter wants a constant.
             limit = float(np.max(np.abs(_float32(variable)), initial=1e-12))
     options = {"num_bits": wrapper.scheme.weight_bits, "narrow_range": True}
-    if type(layer) in _FOLDING and wrapper.output_mode is None:
+    if type(layer) in _FOLDING and wrapper.output_mode is None and wrapper.scheme.per_channel:
         # Equal limits for each channel: into what has one limit, no normalization is folded.
         inputs = x.shape[2] if type(layer) is _L.Conv2D else 1  # depthwise as in the file
         x = tf.reshape(x, (*x.shape[:2], inputs, -1))

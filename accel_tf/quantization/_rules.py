@@ -310,6 +310,13 @@ def obstacle(layer, inputs, scheme) -> str | None:
                 "its ids are floats, and quantization would change them. Give the model integer ids: "
                 "keras.Input(shape, dtype='int32')"
             )
+    if not scheme.per_channel and rule_of(layer).kind == "affine":
+        return (
+            "it scales each channel by a number of its own, and per_channel=False has one scale for all. "
+            "Fold it into the kernel before it with accel_tf.fuse(model), if there is one"
+        )
+    if not scheme.per_channel and isinstance(layer, _L.MultiHeadAttention):
+        return "its kernels have a scale for each channel in the file, against per_channel=False"
     rank = len(inputs[0].shape)
     if isinstance(layer, _L.BatchNormalization | _L.Normalization | _L.LayerNormalization):
         axes = layer.axis if isinstance(layer.axis, tuple | list) else (layer.axis,)

@@ -18,6 +18,8 @@ class Scheme:
         weight_bits: Width of the weights' integers; 16 with `weight_type` "float" for half floats.
         activation_bits: Width of the activations' integers; `None` where they stay in float.
         symmetric: Whether the grid of activations has its zero point at 0.
+        per_channel: Whether each output channel's weights have a scale of their own; else all weights of
+            a tensor share one.
         group_size: How many consecutive weights along the input axis share a scale; `None` for one
             scale per output channel.
     """
@@ -26,6 +28,7 @@ class Scheme:
     weight_type: ClassVar[str] = "int"
     activation_bits: ClassVar[int | None] = None
     symmetric: ClassVar[bool] = False
+    per_channel: ClassVar[bool] = True
     group_size: ClassVar[int | None] = None
 
     def get_config(self) -> dict:
@@ -79,6 +82,10 @@ class Int8(_Activations):
             `Percentile()`, `MSE()`, `Entropy()` or `Learned()` from `accel_tf.quantization`. By
             default `calibrate` takes all values that it sees, and training the moving average, from
             there on if the model was calibrated.
+        per_channel: Whether each output channel's weights have a scale of their own. With `False` all
+            weights of a kernel share one, which some NPUs and microcontrollers need; it costs
+            accuracy where channels differ in size. Call `accel_tf.fuse` before, as a
+            BatchNormalization that is folded into a kernel makes channels differ.
 
     Raises:
         ValueError: `observer` is none.
@@ -87,13 +94,14 @@ class Int8(_Activations):
 
     >>> import accel_tf as at
     >>> at.Int8()
-    Int8(observer=None)
+    Int8(observer=None, per_channel=True)
 
     Reference:
         Jacob et al., CVPR 2018, section 3.1; LiteRT 8-bit quantization specification.
     """
 
     activation_bits: ClassVar[int | None] = 8
+    per_channel: bool = True
 
 
 @keras.saving.register_keras_serializable(package="accel_tf")

@@ -20,6 +20,8 @@ def round_weights(weights, scheme, axes: tuple[int, ...] = (-1,)):
     """
     if scheme.weight_type == "float":
         return straight_through(lambda w: tf.cast(tf.cast(w, tf.float16), w.dtype), weights)
+    if not scheme.per_channel:
+        axes = ()
     return fake_quantize_weights(weights, scheme.weight_bits, axes, scheme.group_size)
 
 

@@ -87,7 +87,7 @@ def test_sequences_of_any_length_need_a_loop(tmp_path):
     ) as e:
         at.export.litert(model, tmp_path / "m.tflite")
     assert "\x1b" not in str(e.value)
-    with pytest.raises(ValueError, match="give the model's input a length"):
+    with pytest.raises(ValueError, match="Give the model's input a length"):
         at.export.onnx(model, tmp_path / "m.onnx")
     at.export.litert(model, tmp_path / "m.tflite", batch_size=1)
     for length in (2, 5):

@@ -190,7 +190,10 @@ def test_an_operator_is_a_layer_that_keeps_its_constants(tmp_path):
     z = keras.ops.concatenate([x, y * np.array([1.0, 2.0, 3.0, 4.0], "float32")], axis=-1)
     model = keras.Model([x, y], z[:, 1:7])
 
-    rebuilt = layers.rebuild(model, lambda path, layer: None, on_operator=layers.Operator.of)
+    def replace(site, path, operation):
+        return None if isinstance(operation, keras.Layer) else layers.Operator.of(operation)
+
+    rebuilt = layers.rebuild_calls(model, replace)
     assert {type(c.layer) for c in layers.calls(rebuilt)} == {
         keras.layers.InputLayer,
         layers.Operator,

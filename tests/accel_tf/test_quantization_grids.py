@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from keras import layers as L
 
 import accel_tf as at
+from accel_tf._litert_schema import schema
 from accel_tf.quantization import FakeQuantize
 from accel_tf.quantization._grids import Grid, grid_of, note_grid
 
@@ -284,3 +285,29 @@ def test_activations_of_a_tensor_on_an_unknown_grid_are_rounded_as_floats(activa
     output, y = quantized.layers[-1].output_quantizer, keras.activations.get(activation)(x)
     output(y, training=True)
     np.testing.assert_allclose(quantized(x), y, atol=0.51 * output.scale)
+
+
+@pytest.mark.parametrize("name", ["normalized, biased", "depthwise", "positions", "sum", "dilated"])
+def test_weights_have_one_scale_on_request(name, tmp_path):
+    keras.utils.set_random_seed(0)
+    model = at.fuse(MODELS[name]())
+    x = np.random.default_rng(0).normal(size=(32, *model.input_shape[1:])).astype("float32")
+    quantized = at.calibrate(model, x, at.Int8(per_channel=False), verbose=0)
+    at.export.litert(quantized, tmp_path / "m.tflite")
+    found = at.export.run_litert(tmp_path / "m.tflite", x)
+    np.testing.assert_array_equal(found, quantized(x))
+    content = (tmp_path / "m.tflite").read_bytes()
+    file = schema().ModelT.InitFromPackedBuf(content, 0)
+    grids = [t.quantization for graph in file.subgraphs for t in graph.tensors]
+    assert {len(grid.scale) for grid in grids if grid and grid.scale is not None} == {1}
+    quantized.save(tmp_path / "m.keras")
+    loaded = keras.models.load_model(tmp_path / "m.keras")
+    np.testing.assert_array_equal(loaded(x), quantized(x))
+
+
+def test_one_scale_needs_a_kernel_that_takes_the_scales_of_channels_in():
+    x = np.random.default_rng(0).normal(size=(32, *IMAGE)).astype("float32")
+    with pytest.raises(
+        ValueError, match=r"'batch_normalization'.*accel_tf.fuse\(model\).*exclude="
+    ):
+        at.calibrate(MODELS["normalized"](), x, at.Int8(per_channel=False), verbose=0)
