@@ -48,8 +48,9 @@ def fuse(model: keras.Model, *, verify: bool = True) -> keras.Model:
 
     A `BatchNormalization` behind a `Dense`, convolution, transposed, depthwise or separable
     convolution is folded into its kernel and bias. A `ReLU` or `Activation` layer behind one of these,
-    or behind the normalization, becomes the layer's `activation`. Nested models are descended into,
-    and zeros of kernels stay zeros.
+    or behind the normalization, becomes the layer's `activation`. Of a `SpectralNormalization` the layer
+    inside remains, whose kernel it changes in training only. Nested models are descended into, and
+    zeros of kernels stay zeros.
 
     The new model computes the same function in inference, up to rounding. It is not compiled. In
     training, statistics that were folded are those of the moment, and no longer updated.
@@ -87,8 +88,14 @@ def fuse(model: keras.Model, *, verify: bool = True) -> keras.Model:
     Integer-Arithmetic-Only Inference, CVPR 2018, section 3.2, equation 14.
     """
     layers.require_model(model, "fuse")
-    paths = {id(layer): path for path, layer in layers.walk(model)}
-    plan = _Plan(model)
+    shared, done = [], []
+
+    def on_failure(path):
+        shared.append(Entry(path, layers.NOT_COPIED))
+
+    bare = _without_wrappers(model, on_failure, done)
+    paths = {id(layer): path for path, layer in layers.walk(bare)}
+    plan = _Plan(bare)
 
     def replace(path, layer):
         if id(layer) in plan.gone:
@@ -96,15 +103,31 @@ def fuse(model: keras.Model, *, verify: bool = True) -> keras.Model:
         chain = plan.chains.get(id(layer))
         return None if chain is None else chain.fused()
 
-    shared = []
-    new_model = layers.rebuild(
-        model, replace, on_failure=lambda path: shared.append(Entry(path, layers.NOT_COPIED))
-    )
-    done = [Entry(paths[key], chain.note) for key, chain in plan.chains.items()]
+    new_model = layers.rebuild(bare, replace, on_failure=on_failure)
+    done += [Entry(paths[key], chain.note) for key, chain in plan.chains.items()]
     skipped = [Entry(paths[key], note) for key, note in plan.skipped.items()]
+    shared = list(dict.fromkeys(shared))
     note = layers.require_same("fuse", model, new_model) if verify else ""
     attach(new_model, Report("fuse", tuple(done), (*skipped, *shared), note))
     return new_model
+
+
+def _without_wrappers(model, on_failure, done) -> keras.Model:
+    """Returns a model without layers that change a kernel in training only, `model` if it has none."""
+
+    def replace(path, layer):
+        if type(layer) is not keras.layers.SpectralNormalization:
+            return None
+        inner = layer.layer
+        new = layers.anew(inner, path, name=layer.name)
+        new.build_from_config(inner.get_build_config())
+        layers.copy_state(inner, new, path)
+        new.trainable = layer.trainable
+        done.append(Entry(path, f"is {type(inner).__name__} alone, as it computes in inference"))
+        return new
+
+    wrappers = (type(x) is keras.layers.SpectralNormalization for _, x in layers.walk(model))
+    return layers.rebuild(model, replace, on_failure=on_failure) if any(wrappers) else model
 
 
 class _Chain(NamedTuple):

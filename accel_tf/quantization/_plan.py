@@ -246,6 +246,11 @@ class Plan:
                 f"here. Leave it in float with {out}."
             )
         out = f"Leave it in float with exclude=[{path!r}]"
+        if isinstance(layer, _L.SpectralNormalization):
+            raise ValueError(
+                f"Cannot quantize layer {path!r}: SpectralNormalization changes its kernel in training. "
+                f"accel_tf.fuse(model) leaves the layer inside, as it computes in inference. {out}."
+            )
         if rule is None:
             raise ValueError(
                 f"Cannot quantize layer {path!r}: there is no integer form of {kind}. {out}, or "

@@ -355,6 +355,8 @@ def _is_well_posed(sample) -> bool:
         return False
     except ValueError:  # Keras' Softmax takes no mask of time steps, and the shape of RandomCrop's
         return False  # output is not always the one that it tells.
+    except TypeError:  # Keras' ReLU of integers takes no slope that is a fraction.
+        return False
     except (tf.errors.NotFoundError, tf.errors.InvalidArgumentError):
         return False  # TensorFlow lacks a kernel for float16 or float64.
     for y in outputs:

@@ -200,3 +200,21 @@ def test_models_without_a_graph():
     model(np.ones((1, 3)))
     with pytest.raises(ValueError, match="is subclassed"):
         at.fuse(model)
+
+
+def test_of_a_spectral_normalization_the_layer_inside_remains():
+    wrapped = layers.SpectralNormalization(layers.Conv2D(4, 3), name="spectral")
+    model = keras.Sequential(
+        [keras.Input((6, 6, 3)), wrapped, layers.BatchNormalization(), layers.ReLU()]
+    )
+    x = np.random.default_rng(0).normal(size=(16, 6, 6, 3)).astype("float32")
+    model(x, training=True)
+    fused = at.fuse(randomize(model))
+    assert kinds(fused) == ["Conv2D"] and fused.layers[0].name == "spectral"
+    assert "Conv2D alone" in str(at.report_of(fused))
+    agree(model, fused, x)
+    with pytest.raises(
+        ValueError, match=r"'spectral': SpectralNormalization .*accel_tf.fuse\(model\)"
+    ):
+        at.calibrate(model, x, verbose=0)
+    assert kinds(at.calibrate(fused, x, verbose=0))[-1] == "QuantizedWeights"
