@@ -307,7 +307,9 @@ def test_nested_shared_and_subclassed_models():
     assert all(np.unique(v.numpy()).size == 16 for v in clustered)
 
 
-@pytest.mark.parametrize("family", ["MobileNetV2", "MobileNetV3Small"])
+@pytest.mark.parametrize(
+    "family", ["MobileNetV3Small", pytest.param("MobileNetV2", marks=pytest.mark.full)]
+)
 def test_families(family):
     model = getattr(keras.applications, family)(
         input_shape=(32, 32, 3), weights=None, classes=2, classifier_activation=None

@@ -106,7 +106,7 @@ def test_the_file_of_the_trained_cnn_is_the_fake_quantized_model(
     assert np.abs(fake - real).max() < 4 * step
 
 
-@pytest.mark.parametrize("alpha", [0.35, 1.0])
+@pytest.mark.parametrize("alpha", [0.35, pytest.param(1.0, marks=pytest.mark.full)])
 def test_mobilenet_v2_goes_all_the_way(alpha, tmp_path):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(8, 96, 96, 3)).astype("float32")

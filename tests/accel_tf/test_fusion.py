@@ -171,8 +171,9 @@ def test_frozen_layers_stay_frozen():
     ("name", "arguments", "left"),
     [
         ("MobileNet", {}, 0),
-        ("EfficientNetB0", {}, 0),
-        ("ResNet50V2", {}, 17),  # of blocks that begin with a normalization
+        pytest.param("EfficientNetB0", {}, 0, marks=pytest.mark.full),
+        # 17 blocks begin with a normalization.
+        pytest.param("ResNet50V2", {}, 17, marks=pytest.mark.full),
     ],
 )
 def test_applications(name, arguments, left):

@@ -50,7 +50,9 @@ def test_walk_descends_into_wrappers_and_subclassed_models():
     assert {"first", "block", "block/inner"} <= set(paths(model))
 
 
-@pytest.mark.parametrize("name", ["MobileNetV2", "DenseNet121"])
+@pytest.mark.parametrize(
+    "name", ["MobileNetV2", pytest.param("DenseNet121", marks=pytest.mark.full)]
+)
 def test_walk_meets_every_weight_of_real_models(name):
     model = getattr(keras.applications, name)(weights=None, input_shape=(32, 32, 3))
     owned = {id(w) for _, layer in layers.walk(model) for w in layer.weights}

@@ -179,7 +179,10 @@ def test_a_transformer_of_subclassed_layers(jit_compile):
     assert model.head.kernel.numpy().all()
 
 
-FAMILIES = ["MobileNetV3Small", "ConvNeXtTiny", "EfficientNetV2B0"]
+FAMILIES = [
+    "MobileNetV3Small",
+    *(pytest.param(name, marks=pytest.mark.full) for name in ("ConvNeXtTiny", "EfficientNetV2B0")),
+]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

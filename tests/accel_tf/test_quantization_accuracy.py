@@ -1,7 +1,8 @@
 """What quantization costs in accuracy, in the files that LiteRT runs: images, signals and text.
 
-Each task trains a float network with three seeds, and compares by their means: calibrated and
-fine-tuned 8-bit files, LiteRT's own post-training quantization with the same data, and 4-bit weights.
+Each task trains a float network with one seed, with three in the long form, and compares by their
+means: calibrated and fine-tuned 8-bit files, LiteRT's own post-training quantization with the same
+data, and 4-bit weights.
 """
 
 import collections
@@ -16,7 +17,6 @@ from keras import layers
 import accel_tf as at
 from accel_tf._litert import quiet
 
-SEEDS = 3
 SAMPLES = 512  # to calibrate with
 
 
@@ -117,6 +117,7 @@ def _decibels(logits, exact):
     return 10 * np.log10(np.mean(exact**2) / np.mean((logits - exact) ** 2))
 
 
+@pytest.mark.parametrize("seeds", [1, pytest.param(3, marks=pytest.mark.full)])
 @pytest.mark.parametrize(
     "build, load, epochs, rate, least",
     [
@@ -125,11 +126,11 @@ def _decibels(logits, exact):
         pytest.param(_text, _docstrings, 4, 2e-3, 80.0, id="text"),
     ],
 )
-def test_quantization_costs_little(build, load, epochs, rate, least, tmp_path):
+def test_quantization_costs_little(build, load, epochs, rate, least, seeds, tmp_path):
     train, (x, y) = load()
     samples, path = train[0][:SAMPLES], tmp_path / "model.tflite"
     right, decibels = collections.defaultdict(list), []
-    for seed in range(SEEDS):
+    for seed in range(seeds):
         keras.utils.set_random_seed(seed)
         model = build()
         _fit(model, train, epochs, rate)
@@ -155,6 +156,9 @@ def test_quantization_costs_little(build, load, epochs, rate, least, tmp_path):
     assert accuracy["int4"] >= accuracy["float"] - 1.5, accuracy
     ours, theirs = np.mean(decibels, axis=0)
     assert ours >= theirs - 0.02, decibels
-    assert accuracy["QAT"] >= accuracy["LiteRT"], accuracy
-    chance = _chance(right["PTQ"], right["LiteRT"])
-    assert accuracy["PTQ"] >= accuracy["LiteRT"] - chance, (accuracy, chance)
+    # With one seed, chance has a say in fine-tuning as well.
+    chance = {name: _chance(right[name], right["LiteRT"]) for name in ("PTQ", "QAT")}
+    if seeds > 1:
+        chance["QAT"] = 0.0
+    for name in ("PTQ", "QAT"):
+        assert accuracy[name] >= accuracy["LiteRT"] - chance[name], (accuracy, chance)

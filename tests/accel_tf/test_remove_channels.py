@@ -95,11 +95,11 @@ def application(name):
 @pytest.mark.parametrize(
     ("name", "parameters", "operations"),
     [
-        ("ResNet50", 0.27, 0.27),
-        ("DenseNet121", 0.27, 0.27),
+        pytest.param("ResNet50", 0.27, 0.27, marks=pytest.mark.full),
+        pytest.param("DenseNet121", 0.27, 0.27, marks=pytest.mark.full),
         ("EfficientNetB0", 0.28, 0.29),
         # Its LayerNormalizations keep the channels of the trunk.
-        ("ConvNeXtTiny", 0.55, 0.55),
+        pytest.param("ConvNeXtTiny", 0.55, 0.55, marks=pytest.mark.full),
     ],
 )
 def test_half_of_the_channels_of_real_models(name, parameters, operations):
@@ -129,10 +129,10 @@ def two_inputs_shared():
     ("name", "operations"),
     [
         ("MobileNetV2", 0.5),
-        ("ResNet50", 0.5),
-        ("DenseNet121", 0.5),
-        ("EfficientNetB0", 0.5),
-        ("ConvNeXtTiny", 0.55),
+        pytest.param("ResNet50", 0.5, marks=pytest.mark.full),
+        pytest.param("DenseNet121", 0.5, marks=pytest.mark.full),
+        pytest.param("EfficientNetB0", 0.5, marks=pytest.mark.full),
+        pytest.param("ConvNeXtTiny", 0.55, marks=pytest.mark.full),
         ("two inputs", 0.5),
     ],
 )

@@ -238,7 +238,9 @@ def test_sparsify_all_zero_kernel():
     fast.fit(np.ones((4, 6)), np.ones((4, 4)), verbose=0)
 
 
-@pytest.mark.parametrize("name", ["MobileNetV2", "EfficientNetV2B0"])
+@pytest.mark.parametrize(
+    "name", ["MobileNetV2", pytest.param("EfficientNetV2B0", marks=pytest.mark.full)]
+)
 def test_sparsify_applications(name):
     model = zero_out(
         getattr(keras.applications, name)(
