@@ -17,8 +17,17 @@ from accel_tf.quantization._fake import (
     is_observing,
     passes,
 )
-from accel_tf.quantization._grids import grid_of, has_grid, note_grid, note_sums, sums_of
-from accel_tf.quantization._integers import product, total
+from accel_tf.quantization._grids import (
+    grid_of,
+    hand_on,
+    has_grid,
+    note_grid,
+    note_steps,
+    note_sums,
+    steps_of,
+    sums_of,
+)
+from accel_tf.quantization._integers import matrix_product, product, total
 from accel_tf.quantization._kernels import channel_axes, einsum_dense
 from accel_tf.quantization._layers import QuantizedLayer
 from accel_tf.quantization._weights import round_like_activations
@@ -309,23 +318,41 @@ class QuantizedAttention(QuantizedLayer):
             causal = np.tri(query.shape[1], value.shape[1], dtype=bool)[None]
             mask = causal if mask is None else tf.logical_and(tf.cast(mask, tf.bool), causal)
         on_grid = self.on_grid(training)
-        q = on_grid("query", self._project(layer._query_dense, query, layer._inverse_sqrt_key_dim))
-        k = on_grid("key", self._project(layer._key_dense, key))
-        v = on_grid("value", self._project(layer._value_dense, value))
-        q, k, v = (tf.transpose(x, (0, 2, 1, 3)) for x in (q, k, v))  # (batch, head, position, …)
-        scores = self._masked(tf.matmul(q, k, transpose_b=True), mask, training)
+        factor = layer._inverse_sqrt_key_dim
+        q = on_grid("query", self._project(layer._query_dense, query, training, factor))
+        k = on_grid("key", self._project(layer._key_dense, key, training))
+        v = on_grid("value", self._project(layer._value_dense, value, training))
+        # (batch, head, position, …)
+        q, k, v = (hand_on(x, tf.transpose(x, (0, 2, 1, 3))) for x in (q, k, v))
+        scores = self._masked(matrix_product(q, k, transpose_b=True), mask, training)
         probabilities = on_grid("probabilities", tf.nn.softmax(scores))
-        if layer._dropout > 0.0:
+        if layer._dropout > 0.0 and training:
             probabilities = layer._dropout_layer(probabilities, training=training)
-        attended = on_grid("attended", tf.matmul(probabilities, v))
-        y = self._project(layer._output_dense, tf.transpose(attended, (0, 2, 1, 3)))
-        return self.leave(y, training)
+        attended = on_grid("attended", matrix_product(probabilities, v))
+        attended = hand_on(attended, tf.transpose(attended, (0, 2, 1, 3)))
+        return self.leave(self._project(layer._output_dense, attended, training), training)
 
     def compute_output_shape(self, query_shape, value_shape, key_shape=None):
         return self.layer.compute_output_shape(query_shape, value_shape, key_shape)
 
-    def _project(self, dense, x, factor=None):
-        return einsum_dense(dense, x, self.rounded(dense.kernel, channel_axes(dense)), factor)
+    def _project(self, dense, x, training, factor=1.0):
+        axes = channel_axes(dense)
+        kernel = self.rounded(dense.kernel, axes)
+        sums, values = self.sums(x, dense.kernel, kernel, axes, training), []
+        if dense.bias is not None:
+            bias, sums = self.bias(dense.bias, sums)
+            values = [(dense.bias, bias)]
+        with keras.StatelessScope(state_mapping=values):
+            y = einsum_dense(dense, x, kernel, factor)
+        if sums is None:
+            return y
+        sums = sums.times(factor)
+
+        def steps(to):
+            flat = tf.reshape(y, (-1, sums.limit.shape[0]))
+            return tf.reshape(sums.counted(flat, to), tf.shape(y))
+
+        return note_steps(y, steps)
 
     def _masked(self, scores, mask, training):
         on_grid = self.on_grid(training)
@@ -339,7 +366,10 @@ class QuantizedAttention(QuantizedLayer):
             return tf.where(mask, on_grid("scores", scores), quantizer.ends[0])
         # Clipped to the low end of the range, which lies that much lower while it is observed.
         low = tf.reduce_min(scores) - _MASKED if is_observing(training) else scores.dtype.min / 2
-        return on_grid("scores", tf.where(mask, scores, low))
+        masked = tf.where(mask, scores, low)
+        if steps := steps_of(scores):
+            note_steps(masked, lambda to: tf.where(mask, steps(to), -(2.0**15)))
+        return on_grid("scores", masked)
 
 
 def obstacle(layer, inputs) -> str | None:

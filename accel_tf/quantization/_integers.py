@@ -54,6 +54,11 @@ def product(x, y):
     return _noted(x * y, _product(None, x, y))
 
 
+def matrix_product(x, y, **transposed):
+    """Returns the products of matrices that `tf.matmul` does, noted."""
+    return _noted(tf.matmul(x, y, **transposed), _matrix_product(x, y, transposed))
+
+
 def _noted(y, steps):
     return note_steps(y, steps) if steps else y
 
@@ -88,6 +93,34 @@ def _product(operation, *inputs):
         return a * b * (one * other / to.step)
 
     return steps
+
+
+def _matrix_product(x, y, transposed):
+    if not has_grid(x) or not has_grid(y):
+        return None
+
+    def steps(to):
+        (a, one), (b, other) = (counted(v, to) for v in (x, y))
+        a, one, b, other, step = (tf.cast(v, tf.float64) for v in (a, one, b, other, to.step))
+        return tf.cast(_fixed_point(tf.matmul(a, b, **transposed), one * other / step), tf.float32)
+
+    return steps
+
+
+def _fixed_point(sums, ratio):
+    """Returns integers times a ratio, rounded as LiteRT's own kernels do.
+
+    The ratio has 31 bits and an exponent. The product is rounded twice, before and after the shift by
+    the exponent: tensorflow/lite/kernels/internal/common.h, MultiplyByQuantizedMultiplier.
+
+    Args:
+        sums: The integers, float64 of any shape.
+        ratio: A positive float64 scalar.
+    """
+    exponent = tf.cast(tf.bitwise.right_shift(tf.bitcast(ratio, tf.int64), 52) - 1022, tf.float64)
+    m = half_away(ratio * 2.0 ** (31 - exponent))
+    left, right = tf.maximum(exponent, 0.0), tf.maximum(-exponent, 0.0)
+    return half_away(half_up(sums * 2.0**left * m / 2.0**31) / 2.0**right)
 
 
 def _mean(operation, *inputs):

@@ -27,7 +27,7 @@ def split_einsum(equation: str) -> tuple[str, str, str]:
     return (*left.split(","), output)
 
 
-def einsum_dense(layer, x, kernel, factor=None):
+def einsum_dense(layer, x, kernel, factor=1.0):
     """Runs an EinsumDense as one matrix product where it amounts to one, as most do.
 
     Args:
@@ -42,7 +42,7 @@ def einsum_dense(layer, x, kernel, factor=None):
     made = letters[n:]
     plain = list(letters[:n]) == summed and not set(given) & set(made)
     if not plain or not given.endswith(letters[:n]) or not output.endswith(made):
-        return layer(x) if factor is None else layer(x) * factor
+        return layer(x) * factor if factor != 1.0 else layer(x)
     rows, columns = kernel.shape[:n].num_elements(), kernel.shape[n:].num_elements()
     y = tf.reshape(x, (-1, rows)) @ tf.reshape(tf.cast(kernel, x.dtype), (rows, columns))
     tail = tuple(kernel.shape[n:])
@@ -51,7 +51,7 @@ def einsum_dense(layer, x, kernel, factor=None):
             bias = tf.reshape(tf.broadcast_to(layer.bias.value, tail), (columns,))
             bias = unequal(bias) if frozen() else bias
         y += tf.cast(bias, y.dtype)
-    if factor is not None:
+    if factor != 1.0:
         y *= factor  # Here it is folded into the kernel.
     return layer.activation(unflatten(y, x, len(x.shape) - n, tail))
 
