@@ -12,7 +12,7 @@ import math
 import keras
 import tensorflow as tf
 
-from accel_tf.quantization._grids import Grid, note_grid, steps_of
+from accel_tf.quantization._grids import Grid, grid_between, note_grid, steps_of
 from accel_tf.quantization._observers import MovingAverage
 
 # Below, a step would be so small that biases do not fit into 32 bits of it; above, sums overflow.
@@ -222,12 +222,9 @@ class FakeQuantize(keras.layers.Layer):
     def current_grid(self) -> Grid:
         """Returns the grid as it is now, as tensors."""
         low, high = self.limits() if self.fixed is None else self.fixed
-        step = tf.cast(high, tf.float64) - tf.cast(low, tf.float64)  # As the converter does.
-        step /= 2**self.bits - 1 - self.symmetric
-        zero = tf.round(-low / tf.cast(step, tf.float32)) - 2 ** (self.bits - 1)
-        zero = 0.0 if self.symmetric else zero
+        grid = grid_between(low, high, self.bits, self.symmetric)
         known = True if self.fixed else self.observer.seen(self)
-        return Grid(tf.where(known, step, 0.0), zero)
+        return grid._replace(exact_step=tf.where(known, grid.exact_step, 0.0))
 
     @property
     def calibrating(self) -> bool:

@@ -47,6 +47,20 @@ class Grid(NamedTuple):
         return exact + tf.stop_gradient(y - exact)
 
 
+def grid_between(low, high, bits: int, symmetric: bool) -> Grid:
+    """Returns the grid of a range of float32 numbers, as the converter computes it.
+
+    Args:
+        low, high: The ends of the range, which 0 lies in.
+        bits: Width of the integers.
+        symmetric: Whether the integer 0 stands for 0.
+    """
+    step = tf.cast(high, tf.float64) - tf.cast(low, tf.float64)
+    step /= 2**bits - 1 - symmetric
+    zero = tf.round(-low / tf.cast(step, tf.float32)) - 2 ** (bits - 1)
+    return Grid(step, 0.0 if symmetric else zero)
+
+
 class Sums(NamedTuple):
     """How the sums of a kernel without activation are rounded.
 

@@ -101,8 +101,12 @@ def _matrix_product(x, y, transposed):
 
     def steps(to):
         (a, one), (b, other) = (counted(v, to) for v in (x, y))
-        a, one, b, other, step = (tf.cast(v, tf.float64) for v in (a, one, b, other, to.step))
-        return tf.cast(_fixed_point(tf.matmul(a, b, **transposed), one * other / step), tf.float32)
+        a, b = tf.cast(a, tf.float64), tf.cast(b, tf.float64)
+        sums, ratio = tf.matmul(a, b, **transposed), one * other / to.step
+        exact = tf.cast(one, tf.float64) * tf.cast(other, tf.float64) / tf.cast(to.step, tf.float64)
+        # XNNPACK takes it if the zero of the second factor is 0, else a kernel of LiteRT's own.
+        own = tf.cast(_fixed_point(sums, exact), tf.float32)
+        return tf.where(grid_of(y).zero == 0, tf.cast(sums, tf.float32) * ratio, own)
 
     return steps
 

@@ -29,7 +29,7 @@ from accel_tf.quantization._kernels import (
     is_apart,
     pad_causal,
 )
-from accel_tf.quantization._weights import limits_of_channels, round_like_activations, round_weights
+from accel_tf.quantization._weights import limits_of_channels, round_weights
 
 _L = keras.layers
 
@@ -353,31 +353,6 @@ class QuantizedSeparable(QuantizedLayer):
             y += tf.cast(bias, dtype)
         y = layer.activation(tf.squeeze(y, 1) if row else y)
         return note_sums(y, sums) if sums else y
-
-
-@keras.saving.register_keras_serializable(package="accel_tf")
-class QuantizedEmbedding(QuantizedLayer):
-    """Looks up a table on the integer grid, one grid for all of it; the output is on it, too.
-
-    Args:
-        layer: An Embedding.
-        scheme, quantize_inputs, output, activation, kwargs: As for `QuantizedLayer`.
-    """
-
-    rounds_weights = True
-
-    def compute(self, inputs, training, mask):
-        table = self.layer.embeddings
-        value = table.value
-        if self.scheme.activation_bits:
-            # Its rows become activations, so they are on such a grid: asymmetric, 8 or 16 bits.
-            rounded = round_like_activations(value, self.scheme)
-        else:
-            rounded = self.rounded(table, () if self.scheme.group_size is None else (0,))
-        if frozen():  # Keras lets indices be negative, which would be three more operators.
-            return tf.gather(rounded, tf.cast(inputs, tf.int32))
-        with keras.StatelessScope(state_mapping=[(table, rounded)]):
-            return self.layer(inputs)
 
 
 @keras.saving.register_keras_serializable(package="accel_tf")

@@ -10,7 +10,15 @@ from keras.src.ops import core as core_ops  # Keras exports the functions, not t
 from keras.src.ops import nn as nn_ops
 from keras.src.ops import numpy as numpy_ops
 
-from accel_tf.quantization import _activations, _affine, _composite, _layers, _recurrent, _same_grid
+from accel_tf.quantization import (
+    _activations,
+    _affine,
+    _composite,
+    _embedding,
+    _layers,
+    _recurrent,
+    _same_grid,
+)
 
 _L = keras.layers
 
@@ -74,7 +82,7 @@ RULES: dict[type, Rule] = {
     **dict.fromkeys(_layers_of("Activation", "ReLU", "Softmax", "LeakyReLU", "ELU"), _ACTIVATION),
     _L.PReLU: Rule("weights", _layers.QuantizedPReLU),
     **dict.fromkeys(
-        _layers_of("Embedding", "ReversibleEmbedding"), Rule("grid", _layers.QuantizedEmbedding)
+        _layers_of("Embedding", "ReversibleEmbedding"), Rule("grid", _embedding.QuantizedEmbedding)
     ),
     _L.LayerNormalization: _NORMALIZATION,
     _L.MultiHeadAttention: Rule("weights", _composite.QuantizedAttention),

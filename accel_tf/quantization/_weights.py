@@ -5,6 +5,7 @@ import math
 import tensorflow as tf
 
 from accel_tf.quantization._fake import frozen, passes
+from accel_tf.quantization._grids import Grid, grid_between
 
 
 def round_weights(weights, scheme, axes: tuple[int, ...] = (-1,)):
@@ -102,16 +103,28 @@ def round_like_activations(weights, scheme):
         return weights
     if not scheme.activation_bits:
         return round_weights(weights, scheme, ())
+    x, (low, high), bits = (
+        tf.cast(weights, tf.float32),
+        _ends(weights, scheme),
+        scheme.activation_bits,
+    )
+    y = tf.quantization.fake_quant_with_min_max_vars(x, low, high, bits, scheme.symmetric)
+    return tf.cast(y, weights.dtype)
+
+
+def activation_grid(weights, scheme) -> Grid:
+    """Returns the grid that `round_like_activations` rounds weights to; the arguments are the same."""
+    return grid_between(*_ends(weights, scheme), scheme.activation_bits, scheme.symmetric)
+
+
+def _ends(weights, scheme):
     x = tf.cast(weights, tf.float32)
     low, high = tf.minimum(tf.reduce_min(x), 0.0), tf.maximum(tf.reduce_max(x), 0.0)
     high = tf.where(high - low > 1e-9, high, low + 1.0)
     if scheme.symmetric:
         high = tf.maximum(high, -low)
         low = -high
-    low, high = tf.stop_gradient(low), tf.stop_gradient(high)
-    bits = scheme.activation_bits
-    y = tf.quantization.fake_quant_with_min_max_vars(x, low, high, bits, scheme.symmetric)
-    return tf.cast(y, weights.dtype)
+    return tf.stop_gradient(low), tf.stop_gradient(high)
 
 
 def straight_through(rounding, weights):

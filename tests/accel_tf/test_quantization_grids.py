@@ -311,3 +311,33 @@ def test_one_scale_needs_a_kernel_that_takes_the_scales_of_channels_in():
         ValueError, match=r"'batch_normalization'.*accel_tf.fuse\(model\).*exclude="
     ):
         at.calibrate(MODELS["normalized"](), x, at.Int8(per_channel=False), verbose=0)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("heads, size, length, width", [(1, 2, 3, 6), (2, 32, 24, 48)])
+def test_the_file_of_an_attention_has_the_numbers_of_the_model(
+    heads, size, length, width, causal, tmp_path
+):
+    keras.utils.set_random_seed(0)
+    x = keras.Input((length, width))
+    model = keras.Model(x, L.MultiHeadAttention(heads, size)(x, x, use_causal_mask=causal))
+    rng = np.random.default_rng(heads)
+    for v in model.weights:
+        v.assign(rng.normal(size=v.shape) * (0.3 if len(v.shape) < 2 else 1.2 / np.sqrt(width)))
+    data = rng.normal(size=(32, length, width)).astype("float32")
+    quantized = at.calibrate(model, data, verbose=0)
+    at.export.litert(quantized, tmp_path / "m.tflite")
+    found = at.export.run_litert(tmp_path / "m.tflite", data)
+    np.testing.assert_array_equal(found, quantized(data))
+
+
+def test_the_file_of_an_attention_with_masks_has_the_numbers_of_the_model(tmp_path):
+    keras.utils.set_random_seed(0)
+    ids, rng = keras.Input((32,), dtype="int32"), np.random.default_rng(4)
+    x = L.Embedding(9, 32, "normal", mask_zero=True)(ids)
+    model = keras.Model(ids, L.MultiHeadAttention(8, 16)(x, x))
+    data = rng.integers(0, 9, (32, 32)).astype("int32")
+    quantized = at.calibrate(model, data, verbose=0)
+    at.export.litert(quantized, tmp_path / "m.tflite")
+    found = at.export.run_litert(tmp_path / "m.tflite", data)
+    np.testing.assert_array_equal(found, quantized(data))
