@@ -29,7 +29,7 @@ from accel_tf.quantization._kernels import (
     is_apart,
     pad_causal,
 )
-from accel_tf.quantization._weights import limits_of_channels, round_weights
+from accel_tf.quantization._weights import limits_of_channels, round_like_activations, round_weights
 
 _L = keras.layers
 
