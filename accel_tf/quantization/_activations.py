@@ -9,7 +9,7 @@ import tensorflow as tf
 from accel_tf.layers import Operator
 from accel_tf.quantization._fake import apart
 from accel_tf.quantization._grids import has_grid, note_steps, requantized, steps_of
-from accel_tf.quantization._integers import hard_swish, product
+from accel_tf.quantization._integers import hard_swish, leaky_relu, product
 
 _L = keras.layers
 
@@ -229,4 +229,6 @@ def apply(name: str, x, on_grid):
     y = apart(y) if name in FLOAT else y
     if name == "hard_silu" and has_grid(x):
         return note_steps(y, functools.partial(hard_swish, x, y))
+    if name == "leaky_relu" and has_grid(x):
+        return note_steps(y, functools.partial(leaky_relu, x, 0.2, y))
     return y

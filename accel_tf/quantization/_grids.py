@@ -70,6 +70,7 @@ class Sums(NamedTuple):
         levels: The integer that stands for it.
         bias: The bias as it was, float32, (channels,); 0.0 without.
         rounded: The bias on the grid, which the sums have.
+        own: Whether a kernel of LiteRT's own rounds them, and not one of XNNPACK.
     """
 
     source: tf.Tensor
@@ -77,6 +78,7 @@ class Sums(NamedTuple):
     levels: int
     bias: tf.Tensor | float = 0.0
     rounded: tf.Tensor | float = 0.0
+    own: bool = False
 
     @property
     def step(self):
@@ -86,7 +88,13 @@ class Sums(NamedTuple):
     def counted(self, x, grid: Grid):
         """Returns sums in steps of a grid."""
         step = _known(self.step, grid)
-        return tf.round(x / step) * (step / grid.step)
+        integers = tf.round(x / step)
+        if not self.own:
+            return integers * (step / grid.step)
+        exact = tf.cast(tf.cast(self.source, tf.float32), tf.float64)
+        exact = _known(exact * tf.cast(self.limit / self.levels, tf.float64), grid)
+        ratio = exact / tf.cast(grid.step, tf.float64)
+        return tf.cast(fixed_point(tf.cast(integers, tf.float64), ratio, half_up), tf.float32)
 
     def round(self, value):
         """Returns a bias on the grid of the sums, as the converter rounds it, in float64."""
@@ -149,6 +157,23 @@ def half_up(x):
     return tf.floor(x + 0.5)
 
 
+def fixed_point(sums, ratio, last):
+    """Returns integers times a ratio, rounded as LiteRT's own kernels do.
+
+    The ratio has 31 bits and an exponent. The product is rounded twice, before and after the shift by
+    the exponent: tensorflow/lite/kernels/internal/common.h, MultiplyByQuantizedMultiplier.
+
+    Args:
+        sums: The integers, float64 of any shape.
+        ratio: Positive, float64 of a shape that fits.
+        last: How the second rounding takes halves: `half_away` or `half_up`.
+    """
+    exponent = tf.cast(tf.bitwise.right_shift(tf.bitcast(ratio, tf.int64), 52) - 1022, tf.float64)
+    m = half_away(ratio * 2.0 ** (31 - exponent))
+    left, right = tf.maximum(exponent, 0.0), tf.maximum(-exponent, 0.0)
+    return last(half_up(sums * 2.0**left * m / 2.0**31) / 2.0**right)
+
+
 def note_grid(x, grid: Callable[[], Grid]):
     """Notes on `x` a function that returns its grid; returns `x`."""
     setattr(x, _GRID, grid)
@@ -179,7 +204,7 @@ def counted(x, to: Grid):
 
 def _known(step, to):
     """Returns the step to count in: where no range is known yet there are floats, and a fine step."""
-    return tf.where(step > 0, step, to.step * 2.0**-16)
+    return tf.where(step > 0, step, tf.cast(to.step, step.dtype) * 2.0**-16)
 
 
 def requantized(x, to: Grid):

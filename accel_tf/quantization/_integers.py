@@ -11,12 +11,15 @@ import functools
 import zlib
 
 import keras
+import numpy as np
 import tensorflow as tf
-from keras.src.ops import numpy as numpy_ops  # Keras exports the functions, not the operations.
+from keras.src.ops import nn as nn_ops  # Keras exports the functions, not the operations.
+from keras.src.ops import numpy as numpy_ops
 
 from accel_tf.layers import Operator
 from accel_tf.quantization._grids import (
     counted,
+    fixed_point,
     grid_of,
     half_away,
     half_up,
@@ -30,9 +33,11 @@ _L = keras.layers
 
 def note(layer, inputs, y):
     """Notes on `y`, the output of a layer or operator, how the runtime computes it, where it is known."""
-    operation = _operation(layer)
+    operation, inputs = _operation(layer), keras.tree.flatten(inputs)
+    if type(operation) in _LEAKY:
+        return _noted(y, _leaky_relu(operation, *inputs, exact=y))
     kernel = _KERNELS.get(type(operation), _no_kernel)
-    return _noted(y, kernel(operation, *keras.tree.flatten(inputs)))
+    return _noted(y, kernel(operation, *inputs))
 
 
 def joins(layer) -> bool:
@@ -105,26 +110,10 @@ def _matrix_product(x, y, transposed):
         sums, ratio = tf.matmul(a, b, **transposed), one * other / to.step
         exact = tf.cast(one, tf.float64) * tf.cast(other, tf.float64) / tf.cast(to.step, tf.float64)
         # XNNPACK takes it if the zero of the second factor is 0, else a kernel of LiteRT's own.
-        own = tf.cast(_fixed_point(sums, exact), tf.float32)
+        own = tf.cast(fixed_point(sums, exact, half_away), tf.float32)
         return tf.where(grid_of(y).zero == 0, tf.cast(sums, tf.float32) * ratio, own)
 
     return steps
-
-
-def _fixed_point(sums, ratio):
-    """Returns integers times a ratio, rounded as LiteRT's own kernels do.
-
-    The ratio has 31 bits and an exponent. The product is rounded twice, before and after the shift by
-    the exponent: tensorflow/lite/kernels/internal/common.h, MultiplyByQuantizedMultiplier.
-
-    Args:
-        sums: The integers, float64 of any shape.
-        ratio: A positive float64 scalar.
-    """
-    exponent = tf.cast(tf.bitwise.right_shift(tf.bitcast(ratio, tf.int64), 52) - 1022, tf.float64)
-    m = half_away(ratio * 2.0 ** (31 - exponent))
-    left, right = tf.maximum(exponent, 0.0), tf.maximum(-exponent, 0.0)
-    return half_away(half_up(sums * 2.0**left * m / 2.0**31) / 2.0**right)
 
 
 def _mean(operation, *inputs):
@@ -203,6 +192,80 @@ def _same(grid, other):
     return (grid.step == other.step) & (grid.zero == other.zero)
 
 
+def leaky_relu(x, slope: float, exact, to):
+    """Returns the leaky ReLU of a tensor on a grid in steps of another, with 8 fractional bits of factors.
+
+    Args:
+        x: The tensor.
+        slope: What numbers below 0 are multiplied by.
+        exact: Its leaky ReLU in floats, for where no range of `x` is known yet.
+        to: The other grid.
+    """
+    integers, step = counted(x, to)
+    ratio = step / to.step
+    factor = tf.where(integers > 0, tf.round(256 * ratio), tf.round(256 * (ratio * slope)))
+    y = half_up(integers * factor / 256)
+    return tf.where(grid_of(x).step > 0, y, exact * (1 / to.step))
+
+
+def _leaky_relu(operation, *inputs, exact):
+    slope = operation.negative_slope
+    if not slope or not has_grid(inputs[0]):
+        return None
+    return functools.partial(leaky_relu, inputs[0], slope, exact)
+
+
+def prelu(x, alpha, exact, to):
+    """Returns the parametric ReLU of a tensor on a grid in steps of another, as LiteRT's own kernel does.
+
+    Args:
+        x: The tensor.
+        alpha: What numbers below 0 are multiplied by, as integers of 8 bits times one step.
+        exact: The parametric ReLU in floats, for where no range of `x` is known yet.
+        to: The other grid.
+    """
+    integers, step = counted(x, to)
+    fine = tf.maximum(tf.reduce_max(tf.abs(tf.cast(alpha, tf.float32))), 1e-12) / 127
+    slopes = tf.cast(tf.round(tf.cast(alpha, tf.float32) / fine), tf.float64)
+    integers = tf.cast(integers, tf.float64)
+    ratios = step / to.step, step * fine / to.step
+    more, less = (tf.cast(ratio, tf.float64) for ratio in ratios)
+    below = fixed_point(integers * slopes, less, half_away)
+    above = fixed_point(integers, more, half_away)
+    y = tf.cast(tf.where(integers < 0, below, above), tf.float32)
+    return tf.where(grid_of(x).step > 0, y, exact * (1 / to.step))
+
+
+def resized(x, size, exact):
+    """Returns an image on a grid resized bilinearly to the same grid, with 11 bits for each weight.
+
+    Args:
+        x: A tensor (batch, height, width, channels), of a height and width that are known.
+        size: The new height and width.
+        exact: The resized image in floats, for where no range of `x` is known yet, and for gradients.
+    """
+    grid = grid_of(x)
+    step = tf.where(grid.step > 0, grid.step, 1.0)
+    y = tf.cast(tf.round(tf.cast(x, tf.float32) / step) + grid.zero, tf.float64)
+    for axis in (1, 2):
+        low, high, weights = _neighbours(x.shape[axis], size[axis - 1])
+        weights = weights.reshape([-1 if i == axis else 1 for i in range(4)])
+        first, second = tf.gather(y, low, axis=axis), tf.gather(y, high, axis=axis)
+        y = first * 2**11 + (second - first) * weights
+    y = (tf.cast(half_up(y / 2**22), tf.float32) - grid.zero) * step
+    y = tf.where(grid.step > 0, tf.cast(y, exact.dtype), exact)
+    return exact + tf.stop_gradient(y - exact)
+
+
+def _neighbours(size, new_size):
+    """Returns for each new pixel of an axis the old ones beside it, and the weight of the second."""
+    scale = np.float32(size) / np.float32(new_size)
+    places = (np.arange(new_size, dtype=np.float32) + np.float32(0.5)) * scale - np.float32(0.5)
+    places = np.clip(places, 0, size - 1)
+    low = np.floor(places).astype(int)
+    return low, np.minimum(low + 1, size - 1), np.round((places - low) * 2**11).astype(np.float64)
+
+
 def hard_swish(x, exact, to):
     """Returns the hard swish of a tensor on a grid in steps of another, as LiteRT's own kernel does.
 
@@ -246,6 +309,7 @@ def _saturated(x):
     return tf.clip_by_value(x, -(2.0**15), 2.0**15 - 1)
 
 
+_LEAKY = (_L.LeakyReLU, _L.ReLU, nn_ops.LeakyRelu)
 _MAXIMUM = functools.partial(_extreme, choose=tf.maximum)
 _MINIMUM = functools.partial(_extreme, choose=tf.minimum)
 _STACK = functools.partial(_concatenation, join=tf.stack)

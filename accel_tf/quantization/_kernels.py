@@ -1,6 +1,7 @@
 """Products and convolutions in the form that the converter turns into one integer kernel."""
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from accel_tf.quantization._fake import evaluated, frozen
@@ -74,12 +75,13 @@ def is_apart(layer, x) -> bool:
 
     Keras compiles a grouped convolution on its own, where a converter loses sight of its layer, takes
     the image of a dilated convolution apart, and adds the bias of a 1-D convolution behind a reshape,
-    past which the converter does not fuse the bias of a single channel.
+    past which the converter does not fuse the bias of a single channel. Behind a transposed convolution
+    without a bias it fuses no activation.
     """
     if isinstance(layer, _L.Conv1DTranspose):
         return x.shape[1] is not None  # The length of the output is a constant of the kernel.
     if isinstance(layer, _L.Conv2DTranspose):
-        return False
+        return True
     return len(x.shape) == 3 or max(getattr(layer, "groups", 1), *layer.dilation_rate) > 1
 
 
@@ -91,15 +93,36 @@ def convolution(layer, x, kernel):
         x, kernel = x[:, None], kernel[None]
     if isinstance(layer, _L.Conv1DTranspose | _L.Conv2DTranspose):
         y = _transposed(layer, x, kernel)
+        y += tf.cast(_some_bias(layer), y.dtype)
     else:
         y = _convolved(layer, x, kernel)
-    if layer.use_bias:
-        y += tf.cast(layer.bias.value, y.dtype)
-    return layer.activation(tf.squeeze(y, 1) if row else y)
+        if layer.use_bias:
+            y += tf.cast(layer.bias.value, y.dtype)
+    y = layer.activation(y)
+    return tf.squeeze(y, 1) if row else y
+
+
+def _some_bias(layer):
+    """Returns the bias of a layer; where it has none, numbers that are 0 on any grid, but not as floats."""
+    tiny = np.arange(1, layer.filters + 1, dtype=np.float32) * np.float32(1e-30)
+    if not layer.use_bias:
+        return tiny
+    with evaluated():
+        bias = tf.cast(layer.bias.value, tf.float32)
+        return tf.where(tf.reduce_all(bias == 0), tiny, bias)
 
 
 def _transposed(layer, x, kernel):
-    """Returns the transposed convolution of an image of one row."""
+    """Returns the transposed convolution of an image."""
+    if isinstance(layer, _L.Conv2DTranspose):
+        return keras.ops.conv_transpose(
+            x,
+            kernel,
+            layer.strides,
+            layer.padding,
+            output_padding=layer.output_padding,
+            dilation_rate=layer.dilation_rate,
+        )
     length = layer.compute_output_shape((None, *x.shape[2:]))[1]
     return tf.nn.conv2d_transpose(
         *(x, kernel, (tf.shape(x)[0], 1, length, kernel.shape[-2])),

@@ -4,6 +4,7 @@ A wrapper quantizes its inputs where they are not on a grid yet, runs the layer,
 output where the integer runtime would: at the end of what it fuses into one kernel.
 """
 
+import functools
 import inspect
 
 import keras
@@ -19,8 +20,15 @@ from accel_tf.quantization._fake import (
     frozen,
     is_unrounded,
 )
-from accel_tf.quantization._grids import Sums, grid_of, has_grid, note_sums, unequal
-from accel_tf.quantization._integers import joins, moved, note
+from accel_tf.quantization._grids import (
+    Sums,
+    grid_of,
+    has_grid,
+    note_steps,
+    note_sums,
+    unequal,
+)
+from accel_tf.quantization._integers import joins, moved, note, prelu
 from accel_tf.quantization._kernels import (
     channel_axes,
     convolution,
@@ -307,6 +315,8 @@ class QuantizedWeights(QuantizedLayer):
             values.append((self.layer.bias, bias))
         with keras.StatelessScope(state_mapping=values):
             y = self._run(inputs, rounded)
+        if sums and isinstance(self.layer, _L.Conv1DTranspose | _L.Conv2DTranspose):
+            sums = sums._replace(own=True)
         return note_sums(y, sums) if sums else y
 
     def _run(self, x, kernel):
@@ -368,7 +378,10 @@ class QuantizedPReLU(QuantizedLayer):
         alpha = self.layer.alpha
         rounded = self.rounded(alpha, ())
         with keras.StatelessScope(state_mapping=[(alpha, rounded)]):
-            return self.layer(inputs)
+            y = self.layer(inputs)
+        if not has_grid(inputs) or self.scheme.activation_bits != 8:
+            return y
+        return note_steps(y, functools.partial(prelu, inputs, rounded, y))
 
 
 def call_layer(layer, inputs, training, mask):

@@ -332,6 +332,8 @@ class _Graph:
     @staticmethod
     def _reshapes_at_its_end(call):
         """Whether the runtime's kernel is followed by a reshape, past which it fuses nothing."""
+        if isinstance(call.layer, _L.Conv1DTranspose):
+            return True
         dense = isinstance(call.layer, _L.Dense | _L.EinsumDense)
         return dense and len(call.outputs[0].shape) > 2
 

@@ -265,6 +265,12 @@ def _divides_by_number(operation) -> bool:
     return tensors == [True, False]
 
 
+def _is_masked(layer) -> bool:
+    """Whether a layer is called with a tensor that has a mask."""
+    tensors = [x for node in layer._inbound_nodes for x in node.input_tensors]
+    return any(getattr(x, "_keras_mask", None) is not None for x in tensors)
+
+
 def _terms(layer) -> int:
     """Returns how many tensors a layer or operator is called with at most; 0 if it is in no graph."""
     return max((len(node.input_tensors) for node in layer._inbound_nodes), default=0)
@@ -273,8 +279,10 @@ def _terms(layer) -> int:
 def graph_of(layer):
     """Returns what a layer without a rule computes, as a function of layers and operators.
 
-    For a custom layer that is its `call`.
+    For a custom layer that is its `call`; for a layer that has no such form, `None`.
     """
+    if isinstance(layer, _L.Multiply) and _is_masked(layer):
+        return None  # Keras multiplies by 1 where one of several tensors is masked.
     if isinstance(layer, _L.Average):
         return lambda tensors: functools.reduce(keras.ops.add, tensors) * (1 / len(tensors))
     if type(layer) in _CHAINS:

@@ -4,7 +4,8 @@ import keras
 import tensorflow as tf
 
 from accel_tf.quantization._fake import frozen, is_unrounded
-from accel_tf.quantization._grids import grid_of, hand_on
+from accel_tf.quantization._grids import grid_of, hand_on, has_grid
+from accel_tf.quantization._integers import resized
 from accel_tf.quantization._layers import QuantizedLayer, call_layer
 
 
@@ -92,4 +93,8 @@ class QuantizedResize(QuantizedGrid):
         size = self.layer.compute_output_shape(inputs.shape)[1:3]
         if None in size:
             return self.layer(inputs)
-        return tf.cast(tf.image.resize(inputs, size, self.layer.interpolation), inputs.dtype)
+        y = tf.cast(tf.image.resize(inputs, size, self.layer.interpolation), inputs.dtype)
+        exact = frozen() or is_unrounded() or self.layer.interpolation == "nearest"
+        if exact or None in inputs.shape[1:3] or self.scheme.activation_bits != 8:
+            return y
+        return resized(inputs, size, y) if has_grid(inputs) else y

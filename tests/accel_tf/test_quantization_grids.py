@@ -109,6 +109,15 @@ MODELS = {
     "joined by an operator": _joined_by_an_operator,
     "clipped on its way": _clipped_on_its_way,
     "means of a signal": lambda: _stack(SIGNAL, L.AveragePooling1D(4), L.Dense(128)),
+    "leaky": lambda: _stack(IMAGE, L.Conv2D(24, 3), L.LeakyReLU(0.1)),
+    "leaky, by name": lambda: _stack(IMAGE, L.Conv2D(24, 3, activation="leaky_relu")),
+    "parametric": lambda: _stack(IMAGE, L.Conv2D(24, 3), L.PReLU("random_uniform")),
+    "resized": lambda: _stack(IMAGE, L.Resizing(23, 13)),
+    "doubled": lambda: _stack(IMAGE, L.UpSampling2D(2, interpolation="bilinear")),
+    "transposed": lambda: _stack(IMAGE, L.Conv2DTranspose(8, 3, 2, "same", **BIAS), L.ReLU()),
+    "transposed, without a bias": lambda: _stack(IMAGE, L.Conv2DTranspose(8, 3), L.ReLU()),
+    "transposed, normalized": lambda: _stack(IMAGE, L.Conv2DTranspose(8, 2, 2), _norm(), L.ReLU()),
+    "transposed signal": lambda: _stack(SIGNAL, L.Conv1DTranspose(16, 3, use_bias=False), L.ReLU()),
 }
 
 

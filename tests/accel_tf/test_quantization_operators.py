@@ -146,3 +146,14 @@ def test_wrappers_are_taken_apart(tmp_path):
     assert file.int8_fraction == 1.0
     for z, w in zip(at.export.run_litert(tmp_path / "m.tflite", data), model(data), strict=True):
         assert np.abs(z - np.asarray(w)).max() < 0.1 * np.abs(w).max()
+
+
+def test_a_product_of_three_with_masks_is_refused():
+    """Keras multiplies by 1 where a mask is False, which a product of two after the other does not."""
+    ids = keras.Input((4,), dtype="int32")
+    x = L.Embedding(9, 4, mask_zero=True)(ids)
+    model = keras.Model(ids, L.Multiply(name="product")([x, L.Dense(4)(x), L.Dense(4)(x)]))
+    data = np.random.default_rng(0).integers(0, 9, (32, 4)).astype("int32")
+    with pytest.raises(ValueError, match=r"'product': .*exclude=\['product'\]"):
+        at.calibrate(model, data, verbose=0)
+    assert at.calibrate(model, data, exclude=["product"], verbose=0)
