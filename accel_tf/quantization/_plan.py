@@ -18,7 +18,7 @@ from accel_tf.quantization import (
     _same_grid,
     _weight_only,
 )
-from accel_tf.quantization._rules import OWN_IDENTITY, Rule, obstacle, rule_of
+from accel_tf.quantization._rules import OWN_IDENTITY, Rule, graph_of, obstacle, rule_of
 from accel_tf.quantization._schemes import Scheme
 
 _L = keras.layers
@@ -208,10 +208,13 @@ class Plan:
         return dataclasses.replace(step, why=_weight_only.note("", layer, excluded))
 
     def _is_constant(self, call) -> bool:
-        if isinstance(call.layer, graphs.OwnWeight):
+        if isinstance(call.layer, graphs.OwnWeight | graphs.Constant):
             return True
-        of_weights = call.inputs and all(id(t) in self._constants for t in call.inputs)
-        return bool(of_weights) and not isinstance(call.layer, keras.Layer)
+        # A repeated tensor is called with another, of which only the size is used.
+        repeats = isinstance(call.layer, graphs.Repeated)
+        inputs = call.inputs[:1] if repeats else call.inputs
+        of_weights = inputs and all(id(t) in self._constants for t in inputs)
+        return bool(of_weights) and (repeats or not isinstance(call.layer, keras.Layer))
 
     def _step(self, call, rule: Rule, graph) -> Step:
         layer = call.layer
@@ -252,9 +255,10 @@ class Plan:
                 f"accel_tf.fuse(model) leaves the layer inside, as it computes in inference. {out}."
             )
         if rule is None:
+            reason = graphs.why_kept(layer, graph_of(layer))
             raise ValueError(
-                f"Cannot quantize layer {path!r}: there is no integer form of {kind}. {out}, or "
-                "build the model from the layers that quantize_aware lists; a layer of your own can be "
+                f"Cannot quantize layer {path!r}: there is no integer form of {kind}, and it cannot be "
+                f"taken apart: {reason}. {out}, or build the model from the layers that quantize_aware lists; a layer of your own can be "
                 "made of those, of weights and of keras.ops, the same in training and inference."
             )
         if reason := obstacle(layer, call.inputs, self.scheme_of(layer)):

@@ -10,6 +10,7 @@ from keras.src.ops import core as core_ops  # Keras exports the functions, not t
 from keras.src.ops import nn as nn_ops
 from keras.src.ops import numpy as numpy_ops
 
+from accel_tf import layers as graphs
 from accel_tf.quantization import _activations, _affine, _composite, _layers, _recurrent, _same_grid
 
 _L = keras.layers
@@ -146,6 +147,8 @@ RULES: dict[type, Rule] = {
         _IDENTITY,
     ),
     StochasticDepth: OWN_IDENTITY,
+    graphs.WithMask: _IDENTITY,
+    graphs.Repeated: Rule("grid", _same_grid.QuantizedRepeated),
     **dict.fromkeys(
         _layers_of(
             "Conv3D",

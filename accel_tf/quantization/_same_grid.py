@@ -93,3 +93,16 @@ class QuantizedResize(QuantizedGrid):
         if None in size:
             return self.layer(inputs)
         return tf.cast(tf.image.resize(inputs, size, self.layer.interpolation), inputs.dtype)
+
+
+@keras.saving.register_keras_serializable(package="accel_tf")
+class QuantizedRepeated(QuantizedGrid):
+    """Repeats a tensor for each sample of a batch.
+
+    Args:
+        layer: An `accel_tf.layers.Repeated`.
+        scheme, quantize_inputs, output, activation, kwargs: As for `QuantizedLayer`.
+    """
+
+    def compute(self, inputs, training, mask):
+        return hand_on(inputs[0], self.layer(inputs))
