@@ -11,7 +11,7 @@ from accel_tf.layers._parts import Repeated
 from accel_tf.layers._walk import calls
 
 # The arguments of operators that may hold the size of the batch here.
-_SIZES = {"Reshape": "newshape", "BroadcastTo": "shape", "Tile": "repeats"}
+_SIZES = {"Reshape": "newshape", "BroadcastTo": "shape"}
 
 
 def unknown_sizes(operation) -> bool:
@@ -26,7 +26,7 @@ def unknown_sizes(operation) -> bool:
 def of_the_batch(graph: keras.Model) -> keras.Model:
     """Returns the graph of a layer, with operators that find the size of the batch when they run.
 
-    What is no reshape, broadcast or tile stays as it is, as does what could mean another size.
+    What is no reshape or broadcast stays as it is, as does what could mean another size.
 
     Args:
         graph: A functional model, of which nothing else is changed.
@@ -77,6 +77,5 @@ def _form(operation, known):
     shape = [1] * (len(sizes) - len(x.shape)) + list(x.shape)
     if shape[0] != 1 or None in shape:
         return None
-    if kind == "BroadcastTo":
-        sizes = [None, *(n // m for n, m in zip(sizes[1:], shape[1:], strict=True))]
-    return lambda x, batch: Repeated(sizes[1:])([x, batch])
+    repeats = [n // m for n, m in zip(sizes[1:], shape[1:], strict=True)]
+    return lambda x, batch: Repeated(repeats)([x, batch])

@@ -60,7 +60,7 @@ def graph_of_layer(layer: keras.Layer, function) -> keras.Model:
     # Some operators of Keras tell a wrong symbolic shape.
     shapes = [y.shape for y in graph.outputs]
     expected = [y.shape for y in layer._inbound_nodes[0].outputs]
-    if shapes != expected:
+    if not all(map(_fits, shapes, expected)):
         raise NoGraph(f"its graph has outputs of shape {shapes}, and the layer {expected}")
     # What it computes in training alone, besides what its sublayers do, would be no part of the graph.
     if _kinds(_model(layer, function, training=True)) != _kinds(graph):
@@ -68,12 +68,19 @@ def graph_of_layer(layer: keras.Layer, function) -> keras.Model:
     return graph
 
 
+def _fits(shape, expected) -> bool:
+    """Whether a shape is as expected, or known where that is not, except for the batch."""
+    if len(shape) != len(expected) or shape[:1] != expected[:1]:
+        return False
+    return all(m in (None, n) for n, m in zip(shape[1:], expected[1:], strict=True))
+
+
 def _kinds(graph):
     return [type(call.layer) for call in calls(graph)]
 
 
-def _model(layer, function, training=None) -> keras.Model:
-    inputs, outputs, passes_mask = trace(layer, function, training)
+def _model(layer, function, training=None, keeps_masks=False) -> keras.Model:
+    inputs, outputs, passes_mask = trace(layer, function, training, keeps_masks)
     if inputs is outputs:
         raise NoGraph("it returns what it is called with")
     given = {id(x) for x in keras.tree.flatten(inputs)}
@@ -86,16 +93,20 @@ def _model(layer, function, training=None) -> keras.Model:
         graph = kind(inputs, keras.tree.map_structure(through, outputs), name=layer.name)
     except ValueError as error:  # an output that does not depend on any input
         raise _failed(error) from error
+    if not keeps_masks and any(isinstance(call.layer, MaskOf) for call in calls(graph)):
+        return _model(layer, function, training, keeps_masks=True)
     return of_the_batch(graph)
 
 
-def trace(layer: keras.Layer, function, training=None) -> Trace:
+def trace(layer: keras.Layer, function, training=None, keeps_masks=False) -> Trace:
     """Calls a layer with symbols for the tensors of its first call in a graph.
 
     Args:
         layer: The layer.
         function: What it computes, such as its `call`.
         training: Given to it; with `None` sublayers compute as is asked for when the graph is run.
+        keeps_masks: Whether the layers in it get copies of inputs that have masks. A MultiHeadAttention
+            removes the mask of its query, which another layer of the graph may read later.
 
     Raises:
         NoGraph: It does not take symbols.
@@ -114,7 +125,8 @@ def trace(layer: keras.Layer, function, training=None) -> Trace:
         return tensors[-1]
 
     args, kwargs = keras.tree.map_structure(fresh, (arguments.args, arguments.kwargs))
-    _note_masks(layer, tensors)
+    copies = _note_masks(layer, tensors, keeps_masks)
+    args, kwargs = keras.tree.map_structure(lambda x: copies.get(id(x), x), (args, kwargs))
     kwargs |= _masks_to_give(layer, args, kwargs)
     if "training" in inspect.signature(function).parameters and kwargs.get("training") is None:
         kwargs["training"] = training
@@ -134,11 +146,22 @@ def trace(layer: keras.Layer, function, training=None) -> Trace:
 
 def _failed(error) -> NoGraph:
     line = str(error).strip().partition("\n")[0].rstrip(".")
-    return NoGraph(f"called with symbolic tensors, it raises {type(error).__name__}: {line}")
+    hint = (
+        ". The size of the batch, such as ops.shape(x)[0], is None there: write -1 for it in "
+        "ops.reshape, or ops.broadcast_to(y, (ops.shape(x)[0], ...)), or let the operators broadcast"
+    )
+    hint = hint if "None" in line else ""
+    return NoGraph(f"called with symbolic tensors, it raises {type(error).__name__}: {line}{hint}")
 
 
-def _note_masks(layer, tensors):
-    """Notes on symbols the masks that the tensors have which they stand for, in any call of the layer."""
+def _note_masks(layer, tensors, copied) -> dict:
+    """Notes on symbols the masks that the tensors have which they stand for, in any call of the layer.
+
+    Returns:
+        What the layer is called with for each symbol that has a mask, by the symbol's id: a copy of the
+        symbol if `copied`, unless its mask is an input, too; or the symbol.
+    """
+    copies = {}
     columns = list(
         zip(*(node.arguments.keras_tensors for node in layer._inbound_nodes), strict=True)
     )
@@ -148,7 +171,10 @@ def _note_masks(layer, tensors):
             continue
         # The mask may be an input of the layer itself.
         given = [t for t, (old, *_) in zip(tensors, columns, strict=True) if old is masks[0]]
-        _keras.set_mask(x, given[0] if given else MaskOf(len(masks[0].shape))(x))
+        mask = given[0] if given else MaskOf(len(masks[0].shape))(x)
+        reads = copies[id(x)] = WithMask(dtype=x.dtype)(x) if copied and not given else x
+        _keras.set_mask(reads, mask)
+    return copies
 
 
 def _masks_to_give(layer, args, kwargs) -> dict:

@@ -16,6 +16,7 @@ from accel_tf.quantization import (
     _layers,
     _preserve,
     _same_grid,
+    _softmax,
     _weight_only,
 )
 from accel_tf.quantization._rules import OWN_IDENTITY, Rule, graph_of, obstacle, rule_of
@@ -210,11 +211,8 @@ class Plan:
     def _is_constant(self, call) -> bool:
         if isinstance(call.layer, graphs.OwnWeight | graphs.Constant):
             return True
-        # A repeated tensor is called with another, of which only the size is used.
-        repeats = isinstance(call.layer, graphs.Repeated)
-        inputs = call.inputs[:1] if repeats else call.inputs
-        of_weights = inputs and all(id(t) in self._constants for t in inputs)
-        return bool(of_weights) and (repeats or not isinstance(call.layer, keras.Layer))
+        of_weights = call.inputs and all(id(t) in self._constants for t in call.inputs)
+        return bool(of_weights) and not isinstance(call.layer, keras.Layer)
 
     def _step(self, call, rule: Rule, graph) -> Step:
         layer = call.layer
@@ -258,8 +256,9 @@ class Plan:
             reason = graphs.why_kept(layer, graph_of(layer))
             raise ValueError(
                 f"Cannot quantize layer {path!r}: there is no integer form of {kind}, and it cannot be "
-                f"taken apart: {reason}. {out}, or build the model from the layers that quantize_aware lists; a layer of your own can be "
-                "made of those, of weights and of keras.ops, the same in training and inference."
+                f"taken apart: {reason}. {out}, or build the model from the layers that quantize_aware "
+                "lists; a layer of your own can be made of those, of weights and of keras.ops, the same in "
+                "training and inference."
             )
         if reason := obstacle(layer, call.inputs, self.scheme_of(layer)):
             raise ValueError(f"Cannot quantize layer {path!r} ({kind}): {reason}. {out}.")
@@ -309,6 +308,8 @@ class _Graph:
             # All inputs of a concatenation share the grid of its output.
             fits = rule.kind != "grid" and activation not in _activations.FIXED
             return reader if fits else None
+        if kind == "masked softmax":  # which rounds the scores, with those that are masked
+            return reader if rule.kind == "arithmetic" else None
         if not linear or not rule.fuses or self._reshapes_at_its_end(call):
             return None
         if kind == "activation":
@@ -326,6 +327,8 @@ class _Graph:
             return "concatenation"
         if rule is None:
             return None
+        if isinstance(layer, _softmax.MaskedSoftmax):
+            return "masked softmax"
         if rule.kind == "affine":
             # A Rescaling or Normalization stands at the input, where there is nothing to fold into.
             return None if isinstance(layer, _L.Rescaling | _L.Normalization) else "affine"
