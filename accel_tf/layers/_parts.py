@@ -31,8 +31,19 @@ class MaskedLayerGraph(LayerGraph):
         return keras.tree.flatten(previous_mask)[:1]
 
 
+class _WithoutMask(keras.layers.Layer):
+    """A layer whose output has no mask, whatever mask its input has."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.supports_masking = True  # Otherwise Keras warns that the mask is lost.
+
+    def compute_mask(self, inputs, previous_mask=None):
+        return None
+
+
 @keras.saving.register_keras_serializable(package="accel_tf")
-class MaskOf(keras.layers.Layer):
+class MaskOf(_WithoutMask):
     """Returns the mask of its input, bool of shape (batch, …); without a mask, all of it is True.
 
     Args:
@@ -42,15 +53,12 @@ class MaskOf(keras.layers.Layer):
 
     def __init__(self, rank, **kwargs):
         super().__init__(**kwargs)
-        self.rank, self.supports_masking = rank, True
+        self.rank = rank
 
     def call(self, inputs, mask=None):
         if mask is not None:
             return mask
         return keras.ops.ones(keras.ops.shape(inputs)[: self.rank], "bool")
-
-    def compute_mask(self, inputs, previous_mask=None):
-        return None
 
     def compute_output_spec(self, inputs, mask=None):
         return keras.KerasTensor(inputs.shape[: self.rank], "bool")
@@ -88,7 +96,7 @@ class WithMask(keras.layers.Layer):
 
 
 @keras.saving.register_keras_serializable(package="accel_tf")
-class Constant(keras.layers.Layer):
+class Constant(_WithoutMask):
     """Returns numbers that a custom layer calls a sublayer with, whatever it is called with itself.
 
     Args:
@@ -113,7 +121,7 @@ class Constant(keras.layers.Layer):
 
 
 @keras.saving.register_keras_serializable(package="accel_tf")
-class Repeated(keras.layers.Layer):
+class Repeated(_WithoutMask):
     """Repeats a tensor for each sample of a batch, and along its other axes: (1, …) becomes (batch, …).
 
     It is called with the tensor and with one of the batch, of which only the size is used.
@@ -146,7 +154,7 @@ class Repeated(keras.layers.Layer):
 
 
 @keras.saving.register_keras_serializable(package="accel_tf")
-class OwnWeight(keras.layers.Layer):
+class OwnWeight(_WithoutMask):
     """A weight that a custom layer has besides those of its sublayers, as a layer of its graph.
 
     It returns the weight, whatever it is called with.
