@@ -40,6 +40,16 @@ def constructor_arguments(layer: keras.Layer) -> dict | None:
     return dict(noted.config) if noted is not None else None
 
 
+def mask_of(x):
+    """Returns the mask that Keras has noted on a tensor, symbolic or not, or `None`."""
+    return _private("keras.src.backend", "get_keras_mask")(x)
+
+
+def set_mask(x, mask) -> None:
+    """Notes a mask on a tensor, where Keras looks for it."""
+    _private("keras.src.backend", "set_keras_mask")(x, mask)
+
+
 def _private(module: str, name: str):
     try:
         return getattr(importlib.import_module(module), name)

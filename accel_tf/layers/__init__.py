@@ -4,8 +4,9 @@ They treat nested, shared and wrapped layers alike.
 """
 
 from accel_tf.layers._check import difference, require_same, run, samples, sqnr, tells
-from accel_tf.layers._expand import OwnWeight, expand, functional, passes_on
+from accel_tf.layers._expand import expand, functional, passes_on, why_kept
 from accel_tf.layers._operator import Operator
+from accel_tf.layers._parts import Constant, OwnWeight, Repeated, WithMask
 from accel_tf.layers._rebuild import NOT_COPIED, REMOVED, Site, anew, rebuild, rebuild_calls
 from accel_tf.layers._state import copy_state
 from accel_tf.layers._walk import Call, calls, has_graph, require_model, walk
@@ -15,9 +16,12 @@ __all__ = [
     "NOT_COPIED",
     "REMOVED",
     "Call",
+    "Constant",
     "Operator",
     "OwnWeight",
+    "Repeated",
     "Site",
+    "WithMask",
     "anew",
     "calls",
     "copy_state",
@@ -35,4 +39,5 @@ __all__ = [
     "sqnr",
     "tells",
     "walk",
+    "why_kept",
 ]

@@ -14,7 +14,6 @@ from accel_tf.quantization._fake import (
     becomes_integers,
     evaluated,
     frozen,
-    is_observing,
     passes,
 )
 from accel_tf.quantization._grids import (
@@ -24,16 +23,13 @@ from accel_tf.quantization._grids import (
     note_grid,
     note_steps,
     note_sums,
-    steps_of,
     sums_of,
 )
 from accel_tf.quantization._integers import matrix_product, product, total
 from accel_tf.quantization._kernels import channel_axes, einsum_dense
 from accel_tf.quantization._layers import QuantizedLayer
+from accel_tf.quantization._softmax import masked_scores
 from accel_tf.quantization._weights import round_like_activations
-
-# How far below the other scores one that is masked lies: e⁻⁸ is less than a tenth of a step.
-_MASKED = 8.0
 
 
 @keras.saving.register_keras_serializable(package="accel_tf")
@@ -324,7 +320,8 @@ class QuantizedAttention(QuantizedLayer):
         v = on_grid("value", self._project(layer._value_dense, value, training))
         # (batch, head, position, …)
         q, k, v = (hand_on(x, tf.transpose(x, (0, 2, 1, 3))) for x in (q, k, v))
-        scores = self._masked(matrix_product(q, k, transpose_b=True), mask, training)
+        mask = mask if mask is None else mask[:, None]  # the same for each head
+        scores = masked_scores(self, matrix_product(q, k, transpose_b=True), mask, training)
         probabilities = on_grid("probabilities", tf.nn.softmax(scores))
         if layer._dropout > 0.0 and training:
             probabilities = layer._dropout_layer(probabilities, training=training)
@@ -353,23 +350,6 @@ class QuantizedAttention(QuantizedLayer):
             return tf.reshape(sums.counted(flat, to), tf.shape(y))
 
         return note_steps(y, steps)
-
-    def _masked(self, scores, mask, training):
-        on_grid = self.on_grid(training)
-        if mask is None:
-            return on_grid("scores", scores)
-        mask = tf.cast(mask, tf.bool)[:, None]
-        quantizer = self.grids["scores"]
-        if quantizer is None:
-            return tf.where(mask, scores, scores.dtype.min / 2)
-        if frozen():
-            return tf.where(mask, on_grid("scores", scores), quantizer.ends[0])
-        # Clipped to the low end of the range, which lies that much lower while it is observed.
-        low = tf.reduce_min(scores) - _MASKED if is_observing(training) else scores.dtype.min / 2
-        masked = tf.where(mask, scores, low)
-        if steps := steps_of(scores):
-            note_steps(masked, lambda to: tf.where(mask, steps(to), -(2.0**15)))
-        return on_grid("scores", masked)
 
 
 def obstacle(layer, inputs) -> str | None:

@@ -16,9 +16,10 @@ from accel_tf.quantization import (
     _layers,
     _preserve,
     _same_grid,
+    _softmax,
     _weight_only,
 )
-from accel_tf.quantization._rules import OWN_IDENTITY, Rule, obstacle, rule_of
+from accel_tf.quantization._rules import OWN_IDENTITY, Rule, graph_of, obstacle, rule_of
 from accel_tf.quantization._schemes import Scheme
 
 _L = keras.layers
@@ -208,7 +209,7 @@ class Plan:
         return dataclasses.replace(step, why=_weight_only.note("", layer, excluded))
 
     def _is_constant(self, call) -> bool:
-        if isinstance(call.layer, graphs.OwnWeight):
+        if isinstance(call.layer, graphs.OwnWeight | graphs.Constant):
             return True
         of_weights = call.inputs and all(id(t) in self._constants for t in call.inputs)
         return bool(of_weights) and not isinstance(call.layer, keras.Layer)
@@ -252,10 +253,12 @@ class Plan:
                 f"accel_tf.fuse(model) leaves the layer inside, as it computes in inference. {out}."
             )
         if rule is None:
+            reason = graphs.why_kept(layer, graph_of(layer))
             raise ValueError(
-                f"Cannot quantize layer {path!r}: there is no integer form of {kind}. {out}, or "
-                "build the model from the layers that quantize_aware lists; a layer of your own can be "
-                "made of those, of weights and of keras.ops, the same in training and inference."
+                f"Cannot quantize layer {path!r}: there is no integer form of {kind}, and it cannot be "
+                f"taken apart: {reason}. {out}, or build the model from the layers that quantize_aware "
+                "lists; a layer of your own can be made of those, of weights and of keras.ops, the same in "
+                "training and inference."
             )
         if reason := obstacle(layer, call.inputs, self.scheme_of(layer)):
             raise ValueError(f"Cannot quantize layer {path!r} ({kind}): {reason}. {out}.")
@@ -305,6 +308,8 @@ class _Graph:
             # All inputs of a concatenation share the grid of its output.
             fits = rule.kind != "grid" and activation not in _activations.FIXED
             return reader if fits else None
+        if kind == "masked softmax":  # which rounds the scores, with those that are masked
+            return reader if rule.kind == "arithmetic" else None
         if not linear or not rule.fuses or self._reshapes_at_its_end(call):
             return None
         if kind == "activation":
@@ -322,6 +327,8 @@ class _Graph:
             return "concatenation"
         if rule is None:
             return None
+        if isinstance(layer, _softmax.MaskedSoftmax):
+            return "masked softmax"
         if rule.kind == "affine":
             # A Rescaling or Normalization stands at the input, where there is nothing to fold into.
             return None if isinstance(layer, _L.Rescaling | _L.Normalization) else "affine"

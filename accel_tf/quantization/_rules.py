@@ -10,6 +10,7 @@ from keras.src.ops import core as core_ops  # Keras exports the functions, not t
 from keras.src.ops import nn as nn_ops
 from keras.src.ops import numpy as numpy_ops
 
+from accel_tf import layers as graphs
 from accel_tf.quantization import (
     _activations,
     _affine,
@@ -18,6 +19,7 @@ from accel_tf.quantization import (
     _layers,
     _recurrent,
     _same_grid,
+    _softmax,
 )
 
 _L = keras.layers
@@ -86,6 +88,7 @@ RULES: dict[type, Rule] = {
     ),
     _L.LayerNormalization: _NORMALIZATION,
     _L.MultiHeadAttention: Rule("weights", _composite.QuantizedAttention),
+    _softmax.MaskedSoftmax: Rule("grid", _softmax.QuantizedMaskedSoftmax),
     **dict.fromkeys(_layers_of("LSTM", "GRU", "SimpleRNN"), _RECURRENT),
     **dict.fromkeys([_L.Add, _L.Subtract, _L.Multiply], _SUM),
     **dict.fromkeys([_L.Maximum, _L.Minimum], _ARITHMETIC),
@@ -154,6 +157,8 @@ RULES: dict[type, Rule] = {
         _IDENTITY,
     ),
     StochasticDepth: OWN_IDENTITY,
+    graphs.WithMask: Rule("identity", _same_grid.QuantizedGrid),
+    graphs.Repeated: Rule("grid", _same_grid.QuantizedRepeated),
     **dict.fromkeys(
         _layers_of(
             "Conv3D",
@@ -289,9 +294,28 @@ def graph_of(layer):
         return lambda tensors: functools.reduce(_CHAINS[type(layer)], tensors)
     if isinstance(layer, _L.Bidirectional):
         return functools.partial(_both_ways, layer)
+    if type(layer) in (_L.Attention, _L.AdditiveAttention):
+        return functools.partial(_attention, layer)
     if isinstance(layer, _L.TimeDistributed) and isinstance(layer.layer, _L.Dense):
         return lambda x, **_: layer.layer(x)  # which works on the last axis anyway
     return layer.call
+
+
+def _attention(layer, inputs, mask=None, training=None, use_causal_mask=False):
+    """Computes an Attention or AdditiveAttention, with the softmax as a layer with a mask."""
+    query, value, key = inputs[0], inputs[1], inputs[-1]
+    query_mask, value_mask = mask[:2] if mask else (None, None)
+    scores = layer._calculate_scores(query, key)
+    mask = layer._calculate_score_mask(scores, value_mask, use_causal_mask)
+    if mask is not None and len(mask.shape) == 2:
+        mask = keras.ops.expand_dims(mask, -2)
+    weights = _softmax.MaskedSoftmax(name="softmax")(scores, mask=mask)
+    if layer.dropout:
+        weights = _L.Dropout(layer.dropout, seed=layer.seed, name="dropout")(weights)
+    y = keras.ops.matmul(weights, value)
+    if query_mask is None:
+        return y
+    return keras.ops.where(keras.ops.expand_dims(query_mask, -1), y, 0.0)
 
 
 def _both_ways(layer, x, mask=None, **_):

@@ -98,3 +98,16 @@ class QuantizedResize(QuantizedGrid):
         if exact or None in inputs.shape[1:3] or self.scheme.activation_bits != 8:
             return y
         return resized(inputs, size, y) if has_grid(inputs) else y
+
+
+@keras.saving.register_keras_serializable(package="accel_tf")
+class QuantizedRepeated(QuantizedGrid):
+    """Repeats a tensor for each sample of a batch.
+
+    Args:
+        layer: An `accel_tf.layers.Repeated`.
+        scheme, quantize_inputs, output, activation, kwargs: As for `QuantizedLayer`.
+    """
+
+    def compute(self, inputs, training, mask):
+        return hand_on(inputs[0], self.layer(inputs))

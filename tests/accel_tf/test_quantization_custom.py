@@ -183,3 +183,110 @@ def test_what_users_write_without_an_integer_form_says_so(tmp_path):
     quantized = at.calibrate(model, np.ones((4, 8, 8)), exclude=["spectrum"], verbose=0)
     with pytest.raises(ValueError, match=r"LiteRT has no operator for .*FFT"):
         at.export.litert(quantized, tmp_path / "model.tflite", allow_float=True)
+
+
+def embedded(name=None):
+    """Tokens, and their embedding with a mask."""
+    ids = keras.Input((6,), dtype="int32", name=name)
+    return ids, L.Embedding(20, 8, keras.initializers.RandomNormal(stddev=1.0), mask_zero=True)(ids)
+
+
+def padded(n=32):
+    x = np.random.default_rng(0).integers(1, 20, (n, 6))
+    x[:, 4:] = 0
+    return x
+
+
+@keep
+class MaskedBlock(L.Layer):
+    """Keras hands the mask to the attention, and sets it on the output again."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.attention, self.supports_masking = L.MultiHeadAttention(2, 4), True
+
+    def build(self, shape):
+        self.attention.build(shape, shape)
+
+    def call(self, x):
+        return x + self.attention(x, x)
+
+
+def two_blocks():
+    keras.utils.set_random_seed(0)
+    ids, x = embedded()
+    y = L.GlobalAveragePooling1D()(MaskedBlock()(MaskedBlock()(x)))
+    return keras.Model(ids, L.Dense(2)(y)), padded()
+
+
+def attended(layer):
+    keras.utils.set_random_seed(0)
+    (first, query), (second, value) = embedded("first"), embedded("second")
+    model = keras.Model([first, second], L.Dense(3)(layer()([query, value])))
+    return model, [padded(), padded()[::-1].copy()]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [two_blocks, lambda: attended(L.Attention), lambda: attended(L.AdditiveAttention)],
+    ids=["blocks", "attention", "additive"],
+)
+def test_masks_of_custom_layers_and_attention_are_kept(make, tmp_path):
+    model, x = make()
+    expected = np.asarray(model(x))
+    for scheme, floor in ((at.Int8(), 30), (at.Int8Weights(), 35)):
+        data = x if scheme.activation_bits else None
+        quantized = at.calibrate(model, data, scheme, verbose=0)
+        found = np.asarray(quantized(x))
+        assert at.layers.sqnr(expected, found) > floor
+        file = tmp_path / f"{type(scheme).__name__}.tflite"
+        at.export.litert(quantized, file, allow_float=True)
+        given = dict(zip(("first", "second"), x, strict=True)) if isinstance(x, list) else x
+        assert at.layers.sqnr(found, at.export.run_litert(file, given)) > 40
+        if found.ndim == 3:  # The outputs for padded queries are the bias.
+            np.testing.assert_allclose(found[:, 4:], expected[:, 4:], atol=0.02)
+
+
+@keep
+class Patches(L.Layer):
+    def call(self, x):
+        return ops.reshape(x, (ops.shape(x)[0], 4, 16))
+
+
+@keep
+class PatchEncoder(L.Layer):
+    """As in the examples of keras.io, with a token for the class."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.projection, self.positions = L.Dense(8), L.Embedding(4, 8)
+
+    def build(self, shape):
+        self.projection.build(shape)
+        self.token = self.add_weight(shape=(1, 1, 8), initializer="normal", name="token")
+
+    def call(self, x):
+        positions = ops.expand_dims(ops.arange(0, 4, 1), axis=0)
+        y = self.projection(x) + self.positions(positions)
+        return ops.concatenate([ops.broadcast_to(self.token, (ops.shape(x)[0], 1, 8)), y], 1)
+
+
+def test_patches_of_an_image_are_quantized(tmp_path):
+    keras.utils.set_random_seed(0)
+    x = keras.Input((8, 8))
+    model = keras.Model(x, L.Dense(3)(L.Flatten()(PatchEncoder()(Patches()(x)))))
+    data = np.random.default_rng(0).normal(size=(32, 8, 8)).astype("float32")
+    quantized = at.calibrate(model, data, verbose=0)
+    assert at.layers.sqnr(np.asarray(model(data)), np.asarray(quantized(data))) > 30
+    at.export.litert(quantized, tmp_path / "model.tflite", allow_float=True)
+    assert at.export.verify(quantized, tmp_path / "model.tflite", data).sqnr > 40
+
+
+def test_a_layer_that_cannot_be_taken_apart_says_why():
+    class Zeros(L.Layer):
+        def call(self, x):
+            return x + ops.zeros((ops.shape(x)[0], 4))
+
+    model = keras.Sequential([keras.Input((4,)), Zeros(name="zeros"), L.Dense(2)])
+    with pytest.raises(ValueError, match=r"'zeros'.*it raises ValueError: .*None.*ops.reshape"):
+        at.quantize_aware(model)
