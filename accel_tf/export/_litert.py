@@ -20,6 +20,7 @@ from accel_tf.export import _weights
 from accel_tf.export._check import draft, require_same_file
 from accel_tf.export._converter_errors import explain
 from accel_tf.export._graph import (
+    NotConstant,
     frozen_graph,
     mixed_scopes,
     named_outputs,
@@ -91,7 +92,8 @@ def litert(
         What the file contains, as from `inspect_litert`.
 
     Raises:
-        ValueError: The model is quantized but has seen no data; an operator did not become an
+        ValueError: The model keeps state between calls, such as that of a recurrent layer with
+            `stateful=True`; it is quantized but has seen no data; an operator did not become an
             integer one although `allow_float` is false (the message names them; no file is left
             behind); the schemes cannot be mixed; `data` is missing; no kernel is sparse in blocks;
             `io_dtype` does not fit the schemes; or the converter failed; or the file does not compute
@@ -210,6 +212,8 @@ class _Plan:
                 converter = _converter(plain(self.model), batch_size, folder)
                 self._configure(converter)
                 return integer_loops(converter.convert())
+            except NotConstant:
+                raise
             except Exception as error:
                 why = explain(str(error), log(), self.known)
                 raise ValueError(

@@ -7,7 +7,7 @@ from accel_tf.layers._check import difference, require_same, run, samples, sqnr,
 from accel_tf.layers._expand import OwnWeight, expand, functional, passes_on
 from accel_tf.layers._operator import Operator
 from accel_tf.layers._rebuild import NOT_COPIED, REMOVED, Site, anew, rebuild, rebuild_calls
-from accel_tf.layers._state import copy_state
+from accel_tf.layers._state import Changes, copy_state, unsaved
 from accel_tf.layers._walk import Call, calls, has_graph, require_model, walk
 from accel_tf.layers._walk import Functional as Functional
 
@@ -15,6 +15,7 @@ __all__ = [
     "NOT_COPIED",
     "REMOVED",
     "Call",
+    "Changes",
     "Operator",
     "OwnWeight",
     "Site",
@@ -34,5 +35,6 @@ __all__ = [
     "samples",
     "sqnr",
     "tells",
+    "unsaved",
     "walk",
 ]

@@ -56,16 +56,12 @@ class WeightOnlyLayer(QuantizedLayer):
             (weight, self.rounded(weight, axes))
             for weight, axes in kernels_of(self.layer, self.scheme.group_size, self.exclude)
         ]
-        scope = keras.StatelessScope(state_mapping=rounded, collect_losses=True)
-        variables = self.layer.variables
-        before = [scope.get_current_value(v) for v in variables]
+        scope = graphs.Changes(state_mapping=rounded, collect_losses=True)
         with scope:
             outputs = self.layer(*args, **kwargs)
-        # What the layer changed meanwhile, such as moving averages and the states of random seeds.
-        for variable, old in zip(variables, before, strict=True):
-            new = scope.get_current_value(variable)
-            if new is not old:
-                variable.assign(new)
+        # What the layer changed meanwhile, such as moving averages and the state of a recurrent layer.
+        for variable in scope.variables:
+            variable.assign(scope.get_current_value(variable))
         for loss in scope.losses:
             self.add_loss(loss)
         return outputs
