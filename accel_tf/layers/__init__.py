@@ -3,7 +3,7 @@
 They treat nested, shared and wrapped layers alike.
 """
 
-from accel_tf.layers._check import difference, require_same, run, samples, sqnr, tells
+from accel_tf.layers._check import batch_of, difference, require_same, run, samples, sqnr, tells
 from accel_tf.layers._expand import OwnWeight, expand, functional, passes_on
 from accel_tf.layers._operator import Operator
 from accel_tf.layers._rebuild import NOT_COPIED, REMOVED, Site, anew, rebuild, rebuild_calls
@@ -20,6 +20,7 @@ __all__ = [
     "OwnWeight",
     "Site",
     "anew",
+    "batch_of",
     "calls",
     "copy_state",
     "difference",

@@ -51,8 +51,26 @@ def samples(model: keras.Model, count: int = 4, seed: int = 0):
     return None
 
 
+def batch_of(model: keras.Model) -> int | None:
+    """Returns the number of samples that the inputs of a model were made for, `None` for any number."""
+    if not has_graph(model):
+        return None
+    return next((t.shape[0] for t in model.inputs if t.shape[0] is not None), None)
+
+
 def run(model: keras.Model, x) -> list[np.ndarray]:
-    """Returns the outputs of `model` in inference, in the order of its structure."""
+    """Returns the outputs of `model` in inference, in the order of its structure.
+
+    The state that layers keep between calls stays as it is. A model that takes a fixed number of samples
+    is run on as many at a time, each time from that state.
+    """
+    size, count = batch_of(model), len(keras.tree.flatten(x)[0])
+    if size is not None and count > size and count % size == 0:
+        starts = range(0, count, size)
+        parts = [
+            run(model, keras.tree.map_structure(lambda a, s=s: a[s : s + size], x)) for s in starts
+        ]
+        return [np.concatenate(outputs) for outputs in zip(*parts, strict=True)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Keras warns again of what the user has seen before.
         # The seeds of dropout within recurrent layers would move on in inference, too.

@@ -7,6 +7,7 @@ import tensorflow as tf
 from quantized_models import fit, quantizers, residual, small_cnn
 
 import accel_tf as at
+from accel_tf.layers import sqnr
 from accel_tf.quantization import Int4Weights
 
 L = keras.layers
@@ -214,3 +215,27 @@ def test_float_ids_are_refused_where_they_would_be_quantized():
     ):
         error = np.square(quantized(x) - expected).sum()
         assert 10 * np.log10(np.square(expected).sum() / error) > 30
+
+
+def fixed_batch(*layers):
+    return keras.Sequential([keras.Input(batch_shape=(8, 4, 3)), *layers, L.Dense(2)])
+
+
+def test_a_model_of_a_fixed_batch_runs_in_batches_of_that_size():
+    x = np.random.default_rng(0).normal(size=(40, 4, 3)).astype("float32")
+    for layer, out in ((L.GRU(8, stateful=True, name="gru"), ["gru"]), (L.Flatten(), [])):
+        model = fixed_batch(layer)
+        quantized = at.calibrate(model, x, exclude=out, verbose=0)
+        assert "Checked without rounding on 16 samples" in at.report_of(quantized).note
+        assert sqnr(np.asarray(model(x[:8])), np.asarray(quantized(x[:8]))) > 25
+        if not out:  # so that no state tells the batches apart
+            for data in (tf.data.Dataset.from_tensor_slices(x).batch(8), iter([x])):
+                same = at.calibrate(model, data, verbose=0)
+                assert same.layers[0].range == quantized.layers[0].range
+
+
+@pytest.mark.parametrize("data", [lambda x: x, lambda x: iter([x[:32], x[32:]])])
+def test_samples_that_are_no_whole_batches_are_an_error(data):
+    x = np.zeros((39, 4, 3), "float32")
+    with pytest.raises(ValueError, match="samples, .* take 8 at a time.*a multiple of 8"):
+        at.calibrate(fixed_batch(L.Flatten()), data(x), verbose=0)
