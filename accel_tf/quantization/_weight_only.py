@@ -137,7 +137,10 @@ def _is_rounded(variable, owner) -> bool:
     is_matrix = sum(size > 1 for size in variable.shape) >= 2
     is_float = keras.backend.is_float_dtype(variable.dtype)
     return (
-        custom and is_matrix and is_float and variable.trainable
+        custom
+        and is_matrix
+        and is_float
+        and variable.trainable
         and not variable.name.endswith("bias")
     )
 

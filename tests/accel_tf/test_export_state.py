@@ -70,7 +70,9 @@ def test_random_layers_keep_no_state(writer, tmp_path):
     WRITERS[writer](model, tmp_path / f"m.{writer.replace('litert', 'tflite')}")
 
 
-@pytest.mark.parametrize("make", [lambda: stateful(L.GRU(8, stateful=True)), lambda: counting(True)])
+@pytest.mark.parametrize(
+    "make", [lambda: stateful(L.GRU(8, stateful=True)), lambda: counting(True)]
+)
 def test_a_saved_model_keeps_the_state(make, tmp_path):
     model = make()
     batches = SIGNALS if len(model.input_shape) == 3 else SIGNALS[:, :, 0]
