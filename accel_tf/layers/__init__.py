@@ -3,7 +3,16 @@
 They treat nested, shared and wrapped layers alike.
 """
 
-from accel_tf.layers._check import batch_of, difference, require_same, run, samples, sqnr, tells
+from accel_tf.layers._check import (
+    batch_of,
+    difference,
+    require_same,
+    run,
+    samples,
+    sqnr,
+    tells,
+    varying,
+)
 from accel_tf.layers._expand import OwnWeight, expand, functional, passes_on
 from accel_tf.layers._operator import Operator
 from accel_tf.layers._rebuild import NOT_COPIED, REMOVED, Site, anew, rebuild, rebuild_calls
@@ -37,5 +46,6 @@ __all__ = [
     "sqnr",
     "tells",
     "unsaved",
+    "varying",
     "walk",
 ]

@@ -10,7 +10,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from accel_tf.layers import batch_of, run, samples, sqnr, unsaved, walk
+from accel_tf.layers import batch_of, run, samples, sqnr, unsaved, varying, walk
 from accel_tf.quantization._checks import require_ranges
 from accel_tf.quantization._data import batches_of, inputs_of, parts_of
 from accel_tf.quantization._fake import FakeQuantize, observing
@@ -22,6 +22,8 @@ from accel_tf.report import attach, report_of
 # How many samples of the data the result is compared on, and the ratio below which it warns, in dB.
 _CHECKED = 16
 _LEAST = 10.0
+# The same for what varies between samples. At 0 dB, the mean of the outputs would be as good an answer.
+_LEAST_VARYING = 0.0
 
 
 def calibrate(
@@ -56,8 +58,9 @@ def calibrate(
         verbose: 1 for a progress bar, 0 for silence.
         verify: Whether to compare the new model with `model` on the first samples of the data. With
             nothing rounded it has to compute the same. What rounding costs is noted in the report as the
-            median signal-to-quantization-noise ratio of a sample, and a warning is given if that is below
-            10 dB.
+            median signal-to-quantization-noise ratio of a sample, and as the ratio of what varies between
+            samples, without their mean. A warning is given if the former is below 10 dB or the latter
+            below 0 dB.
 
     Returns:
         A new model of the same class, not compiled.
@@ -181,16 +184,20 @@ def _note_noise(model, quantized, x):
         return
     pairs = zip(run(model, x), run(quantized, x), strict=True)
     # An index, such as an arg-max, differs much where two values are close.
-    ratios = [_usual_ratio(y, z) for y, z in pairs if y.dtype.kind not in "iub"]
-    ratio = min(ratios, default=math.inf)
+    pairs = [(y, z) for y, z in pairs if y.dtype.kind not in "iub"]
+    ratio = min((_usual_ratio(y, z) for y, z in pairs), default=math.inf)
+    varies = varying([y for y, _ in pairs], [z for _, z in pairs])
+    figures = f"{ratio:.1f} dB"
+    if math.isfinite(varies):
+        figures += f", and {varies:.1f} dB of what varies between samples"
     found = report_of(quantized)
-    note = f"{found.note} With rounding: {ratio:.1f} dB."
-    attach(quantized, dataclasses.replace(found, note=note))
-    if ratio < _LEAST:
+    attach(quantized, dataclasses.replace(found, note=f"{found.note} With rounding: {figures}."))
+    if ratio < _LEAST or varies < _LEAST_VARYING:
         warnings.warn(
             f"The quantized model {model.name!r} differs much from the original: its outputs have a "
-            f"median signal-to-quantization-noise ratio of {ratio:.1f} dB on the first samples, where "
-            f"{_LEAST:g} dB and more are usual. accel_tf.quantization.quantization_error(quantized, x) tells "
-            "which layers cause it; leave those in float with exclude=[...].",
+            f"median signal-to-quantization-noise ratio of {figures}, on the first samples. {_LEAST:g} dB "
+            f"and more are usual, and below {_LEAST_VARYING:g} dB of what varies the error is larger than the "
+            "differences between samples. accel_tf.quantization.quantization_error(quantized, x) tells which "
+            "layers cause it; leave those in float with exclude=[...].",
             stacklevel=3,
         )

@@ -1,5 +1,7 @@
 """Calibration: the ranges of activations, found on data without training."""
 
+import warnings
+
 import keras
 import numpy as np
 import pytest
@@ -239,3 +241,25 @@ def test_samples_that_are_no_whole_batches_are_an_error(data):
     x = np.zeros((39, 4, 3), "float32")
     with pytest.raises(ValueError, match="samples, .* take 8 at a time.*a multiple of 8"):
         at.calibrate(fixed_batch(L.Flatten()), data(x), verbose=0)
+
+
+def test_rounding_that_hides_what_varies_between_samples_is_a_warning():
+    keras.utils.set_random_seed(0)
+    x = np.random.default_rng(0).normal(size=(64, 8)).astype("float32")
+    dense = L.Dense(4, "softmax", name="logits")
+    model = keras.Sequential([keras.Input((8,)), dense])
+    dense.kernel.assign(1e-3 * dense.kernel)  # all outputs are close to those of the bias
+    dense.bias.assign([0.0, 1.0, 2.0, 0.5])
+    with warnings.catch_warnings(record=True) as given:
+        warnings.simplefilter("always", UserWarning)
+        quantized = at.calibrate(model, x, verbose=0)
+    (warning,) = [w for w in given if w.category is UserWarning]
+    assert "dB of what varies between samples, on the first samples" in str(warning.message)
+    y, z = np.asarray(model(x[:16])), np.asarray(quantized(x[:16]))
+    assert sqnr(y, z) > 35 and sqnr(y - y.mean(0), z - y.mean(0)) < 0
+    note = at.report_of(quantized).note
+    total = np.median([sqnr(a, b) for a, b in zip(y, z, strict=True)])
+    varies = sqnr(y - y.mean(0), z - y.mean(0))
+    assert note.endswith(
+        f"With rounding: {total:.1f} dB, and {varies:.1f} dB of what varies between samples."
+    )
