@@ -148,9 +148,11 @@ def _missing(message, model) -> str:
         return ""
     owner = nearest(found[1], paths)
     where = f"layer {paths[owner]!r}" if owner else "between layers"
+    # keras.ops.argmax tells -0.0 from 0.0 by its bits.
+    argmax = ", such as tf.argmax(x, axis) in a layer of your own for keras.ops.argmax"
     return (
-        f" ({found[2]}, {where}). Write operators that ONNX has instead, such as tf.argmax(x, axis) in "
-        "a layer of your own for keras.ops.argmax, or use accel_tf.export.saved_model"
+        f" ({found[2]}, {where}). Write operators that ONNX has instead"
+        f"{argmax if found[2].startswith('Bit') else ''}, or use accel_tf.export.saved_model"
     )
 
 

@@ -37,6 +37,8 @@ def copy_state(old: keras.Layer, new: keras.Layer, path: str) -> None:
     for (where, source), target in zip(sources, targets, strict=True):
         if source is target:
             continue
+        if target is not new:
+            target.name = source.name  # Keras numbers names that a constructor does not give.
         try:
             _copy_own(source, target)
         except Exception as error:

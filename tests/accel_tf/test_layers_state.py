@@ -278,3 +278,24 @@ def test_verbs_leave_a_counter_as_it_is():
     for times in (1, 2):
         assert decibels(model(FAR), fused(FAR)) > 100
         assert float(model.get_layer("mine").count) == times
+
+
+class Unnamed(L.Layer):
+    """A layer without a get_config of its own, and one in it, so that Keras chooses their names anew."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.dense = L.Dense(4)
+
+    def call(self, x):
+        return self.dense(x)
+
+
+def test_copies_keep_the_names_that_keras_chose(tmp_path):
+    model = keras.Sequential([keras.Input((16,)), L.Dense(4), Unnamed(), L.Dense(2)])
+    names = [path for path, _ in layers.walk(model)]
+    assert [path for path, _ in layers.walk(at.fuse(model))] == names
+    quantized = at.calibrate(model, FAR, exclude=[names[-3]], verbose=0)
+    assert {names[-3], names[-2]} <= {path for path, _ in layers.walk(quantized)}
+    found = at.export.litert(quantized, tmp_path / "m.tflite", allow_float=True)
+    assert names[-2] in {op.layer for op in found.operators}
