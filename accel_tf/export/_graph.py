@@ -15,6 +15,10 @@ from accel_tf.quantization._checks import require_finite
 from accel_tf.quantization._weight_only import WeightOnlyLayer
 
 
+class NotConstant(ValueError):
+    """Says why no graph of constants computes what a model does, before any converter has seen it."""
+
+
 def frozen_graph(model, batch_size: int | None = None):
     """Returns the inference of a functional or sequential model as one function of constants.
 
@@ -23,6 +27,9 @@ def frozen_graph(model, batch_size: int | None = None):
     Args:
         model: The model, as from `plain`.
         batch_size: Fixes the number of inputs; `None` leaves it open.
+
+    Raises:
+        NotConstant: A layer looks its inputs up in a table, or changes a variable in inference.
     """
     specs = [
         tf.TensorSpec((batch_size or t.shape[0], *t.shape[1:]), t.dtype, name=t.name)
@@ -30,7 +37,7 @@ def frozen_graph(model, batch_size: int | None = None):
     ]
 
     if path := table_in(model):
-        raise ValueError(
+        raise NotConstant(
             f"Layer {path!r} looks its inputs up in a table, which a file of constants cannot hold. Export "
             "the part of the model behind it, or use accel_tf.export.saved_model."
         )
@@ -42,12 +49,42 @@ def frozen_graph(model, batch_size: int | None = None):
         single = isinstance(model, keras.Sequential)
         packed = tensors[0] if single else keras.tree.pack_sequence_as(model.input, tensors)
         # The seeds of dropout within recurrent layers move on in inference, too; constants cannot.
-        with keras.StatelessScope():
-            return model(packed, training=False)
+        with graphs.Changes() as changes:
+            outputs = model(packed, training=False)
+        changed.update(changes.of_state(model))
+        return outputs
 
+    changed: dict[str, keras.Variable] = {}
     with intercepted(graphs.walk(model), _within), plain_errors():
         graph = tf.function(forward, autograph=False).get_concrete_function(*specs)
+    _require_no_state(model, {path: v.name for path, v in changed.items()}, graph)
     return convert_variables_to_constants_v2(graph)
+
+
+def _require_no_state(model, changed, graph):
+    """Raises an error if layers of a model have changed variables, or would do so in its graph.
+
+    Args:
+        model: The model.
+        changed: The names of variables of Keras that were changed, by the path of the layer.
+        graph: The graph.
+    """
+    layers = dict(graphs.walk(model))
+    scopes = {scope(path): path for path in layers}
+    for op in graph.graph.get_operations():  # variables of TensorFlow, which Keras knows nothing of
+        if op.type.startswith("Assign") and op.type.endswith("VariableOp"):
+            path = scopes.get(nearest(op.name, scopes), model.name)
+            changed = {**changed, path: op.inputs[0].name}
+    for path, name in changed.items():
+        if getattr(layers.get(path), "stateful", False):
+            raise NotConstant(
+                f"Layer {path!r} keeps its state between calls (stateful=True), and a LiteRT or ONNX file "
+                "has none: build the model with stateful=False, or give the state as inputs and outputs."
+            )
+        raise NotConstant(
+            f"Layer {path!r} changes its variable {name!r} in inference, and a LiteRT or ONNX file has "
+            "constants only: change the variable in training alone, or make it an input and an output."
+        )
 
 
 def table_in(model) -> str | None:

@@ -20,6 +20,7 @@ from accel_tf.export import _weights
 from accel_tf.export._check import draft, require_same_file
 from accel_tf.export._converter_errors import explain
 from accel_tf.export._graph import (
+    NotConstant,
     frozen_graph,
     mixed_scopes,
     named_outputs,
@@ -91,7 +92,8 @@ def litert(
         What the file contains, as from `inspect_litert`.
 
     Raises:
-        ValueError: The model is quantized but has seen no data; an operator did not become an
+        ValueError: The model keeps state between calls, such as that of a recurrent layer with
+            `stateful=True`; it is quantized but has seen no data; an operator did not become an
             integer one although `allow_float` is false (the message names them; no file is left
             behind); the schemes cannot be mixed; `data` is missing; no kernel is sparse in blocks;
             `io_dtype` does not fit the schemes; or the converter failed; or the file does not compute
@@ -114,7 +116,9 @@ def litert(
     plan = _Plan(model, allow_float, data, sparse, io_dtype)
     content, left = plan.convert(batch_size), ()
     if plan.weights_only:
-        content, stored = _weights.shrink(content, plan.weights_only, mixed_scopes(model))
+        content, stored = _weights.shrink(
+            content, plan.weights_only, mixed_scopes(model), plan.rounded_kernels
+        )
         left = plan.left_in_float(stored)
     content = with_output_keys(content)
     found = dataclasses.replace(inspect(content, path, plan.known), float_weights=left)
@@ -210,6 +214,8 @@ class _Plan:
                 converter = _converter(plain(self.model), batch_size, folder)
                 self._configure(converter)
                 return integer_loops(converter.convert())
+            except NotConstant:
+                raise
             except Exception as error:
                 why = explain(str(error), log(), self.known)
                 raise ValueError(
@@ -229,6 +235,15 @@ class _Plan:
             kind = self.io_dtype or ("int16" if self.wide else "int8")
             converter.inference_input_type = converter.inference_output_type = tf.as_dtype(kind)
 
+    def rounded_kernels(self, owner) -> list[np.ndarray]:
+        """Returns the kernels of the layer of a scope as its scheme rounds them."""
+        wrapper = next((w for p, w in self._weight_only.items() if scope(p) == owner), None)
+        if wrapper is None:
+            return []
+        left_out = wrapper.exclude if isinstance(wrapper, WeightOnlyLayer) else ()
+        kernels = kernels_of(wrapper.layer, wrapper.scheme.group_size, left_out)
+        return [np.asarray(wrapper.rounded(v, axes)) for v, axes in kernels]
+
     def left_in_float(self, stored) -> tuple[str, ...]:
         """Returns the layers whose weights are stored as float32, not all in the bits of their scheme.
 
@@ -239,12 +254,18 @@ class _Plan:
             ValueError: A layer of a kind whose weights the converter should leave as they are is among
                 them, and `allow_float` is false.
         """
-        counts = Counter()  # by layer, as one that is called several times may be stored once
+        counts, paths = (
+            Counter(),
+            {},
+        )  # by layer, as one that is called several times may be stored once
         for path, layer in self._weight_only.items():
-            counts[layer.shared or path] += stored.get(scope(path), 0)
+            key = layer.shared or path
+            counts[key] += stored.get(scope(path), 0)
+            # The layers of further calls have longer names, which the user's model does not have.
+            paths[key] = min(paths.get(key, path), path, key=len)
         left, wrong = [], []
-        for path, layer in self._weight_only.items():
-            wanted = 1
+        for path in paths.values():
+            layer, wanted = self._weight_only[path], 1
             if isinstance(layer, WeightOnlyLayer):
                 kernels = kernels_of(layer.layer, exclude=layer.exclude)
                 wanted = sum(v.shape.num_elements() for v, _ in kernels)
@@ -255,7 +276,7 @@ class _Plan:
             raise ValueError(
                 f"The weights of {report.shorten(sorted(wrong))} are not stored in fewer bits: the "
                 "converter folded other constants into them, so that no scale per channel or group fits. "
-                "Exclude these layers, or pass allow_float=True to store them as float32. No file was "
+                f"Exclude these layers, with exclude={sorted(wrong)}, or pass allow_float=True to store them as float32. No file was "
                 "written."
             )
         return tuple(left)

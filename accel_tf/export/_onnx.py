@@ -13,6 +13,7 @@ from accel_tf._litert import quiet
 from accel_tf.export import _grid
 from accel_tf.export._check import draft, require_same_file
 from accel_tf.export._graph import (
+    NotConstant,
     frozen_graph,
     input_names,
     mixed_scopes,
@@ -68,9 +69,9 @@ def onnx(
         keys. A name that is taken in the file gets an underscore at its end.
 
     Raises:
-        ValueError: The model is subclassed, has seen no data, has 16-bit activations, or an operator
-            has no counterpart in ONNX; or `opset` is another number; or the file does not compute what
-            `model` does. No file is left behind.
+        ValueError: The model is subclassed, keeps state between calls, has seen no data, has 16-bit
+            activations, or an operator has no counterpart in ONNX; or `opset` is another number; or the
+            file does not compute what `model` does. No file is left behind.
         ImportError: tf2onnx is not installed.
 
     Example:
@@ -111,6 +112,8 @@ def onnx(
                 output_names=[t.name for t in graph.outputs],
                 opset=opset,
             )
+        except NotConstant:
+            raise
         except Exception as error:
             raise ValueError(
                 f"tf2onnx failed on model {model.name!r}: {str(error)[-500:]}\n{log()[-1000:]}"
@@ -145,9 +148,11 @@ def _missing(message, model) -> str:
         return ""
     owner = nearest(found[1], paths)
     where = f"layer {paths[owner]!r}" if owner else "between layers"
+    # keras.ops.argmax tells -0.0 from 0.0 by its bits.
+    argmax = ", such as tf.argmax(x, axis) in a layer of your own for keras.ops.argmax"
     return (
-        f" ({found[2]}, {where}). Write operators that ONNX has instead, such as tf.argmax(x, axis) in "
-        "a layer of your own for keras.ops.argmax, or use accel_tf.export.saved_model"
+        f" ({found[2]}, {where}). Write operators that ONNX has instead"
+        f"{argmax if found[2].startswith('Bit') else ''}, or use accel_tf.export.saved_model"
     )
 
 

@@ -10,7 +10,14 @@ import tensorflow as tf
 from accel_tf import layers as graphs
 from accel_tf._litert import quiet
 from accel_tf.export._check import draft, require_same_file
-from accel_tf.export._graph import frozen_graph, input_names, output_names, plain, table_in
+from accel_tf.export._graph import (
+    NotConstant,
+    frozen_graph,
+    input_names,
+    output_names,
+    plain,
+    table_in,
+)
 from accel_tf.export._litert import require_data
 
 
@@ -35,8 +42,9 @@ def saved_model(
     given.
 
     Args:
-        model: Any functional or sequential Keras model; a subclassed one, and one with the table of a
-            lookup layer, is written by Keras' `model.export`, its weights as variables.
+        model: Any functional or sequential Keras model. A subclassed one, one with the table of a lookup
+            layer, and one that keeps state between calls, such as that of a recurrent layer with
+            `stateful=True`, is written by Keras' `model.export`, its weights and state as variables.
         path: The folder to write; it is made.
         batch_size: Fixes the number of inputs per run; with `None` the folder takes any number.
         verify: Whether to run the folder on a few samples made from the input specification of `model`,
@@ -67,15 +75,15 @@ def saved_model(
     graphs.require_model(model, "saved_model")
     require_data(model)
     path = pathlib.Path(path)
-    constant = graphs.has_graph(model) and not table_in(model)
-    if not constant and batch_size is not None:
+    constants = _constants(model, batch_size)
+    if constants is None and batch_size is not None:
         raise ValueError(
-            f"A fixed batch size needs a functional or sequential model without lookup layers; "
+            f"A fixed batch size needs a functional or sequential model without lookup layers and state; "
             f"{model.name!r} is none. Leave batch_size out."
         )
     with draft(path) as made:
-        if constant:
-            _write(plain(model), made, batch_size)
+        if constants is not None:
+            _write(constants, model, made)
         else:
             with quiet():
                 model.export(str(made), verbose=False)
@@ -84,10 +92,20 @@ def saved_model(
     return path
 
 
-def _write(model, path, batch_size):
-    """Writes a model as a graph of constants."""
+def _constants(model, batch_size):
+    """Returns what a model computes as a graph of constants, `None` if there is no such graph."""
+    if not graphs.has_graph(model) or table_in(model):
+        return None
     with quiet():
-        graph = frozen_graph(model, batch_size)
+        try:
+            return frozen_graph(plain(model), batch_size)
+        except NotConstant:
+            return None
+
+
+def _write(graph, model, path):
+    """Writes a graph of constants, of the inputs and outputs of `model`."""
+    with quiet():
         names, outputs = input_names(model), output_names(model)
         signature = {
             name: tf.TensorSpec(t.shape, t.dtype, name)

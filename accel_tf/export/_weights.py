@@ -5,6 +5,7 @@ grid of its own.
 """
 
 import copy
+import functools
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from accel_tf._litert_schema import operator_name, schema, type_name
 from accel_tf.export import _grid
 from accel_tf.export._graph import nearest
 from accel_tf.export._inspect import tensor_names
+from accel_tf.export._unfold import unfold
 
 # Kernels that multiply integer weights by activations that they round themselves, and the version
 # of the operator that does so per channel and in 4 bits.
@@ -23,7 +25,9 @@ _AXES = {"DEPTHWISE_CONV_2D": (3, None)}
 _GROUPS = 32
 
 
-def shrink(content: bytes, schemes: dict, mixed=()) -> tuple[bytes, dict[str, int]]:
+def shrink(
+    content: bytes, schemes: dict, mixed=(), kernels=lambda owner: ()
+) -> tuple[bytes, dict[str, int]]:
     """Returns the file with the weights of some layers stored as their schemes say.
 
     Args:
@@ -31,12 +35,14 @@ def shrink(content: bytes, schemes: dict, mixed=()) -> tuple[bytes, dict[str, in
         schemes: Schemes without integer activations, by the scopes of their layers; `None` for a layer
             in one of these that stays in float.
         mixed: The scopes of layers that hold constants besides those that were rounded.
+        kernels: Called with the scope of a layer; returns its rounded kernels as arrays.
 
     Returns:
-        The file, and for each layer how many numbers are stored so. Weights stay float32 where they lie
-        on no grid, because the converter folded something else into them.
+        The file, and for each layer how many numbers are stored so. Factors of inputs that the converter
+        folded into the weights of a product are an operator of their own again. Weights stay float32
+        where they lie on no grid, because the converter folded something else into them.
     """
-    file = _File(content)
+    file, kernels = _File(content), functools.cache(kernels)
     stored: dict[str, int] = {}
     counted = set()
 
@@ -51,6 +57,8 @@ def shrink(content: bytes, schemes: dict, mixed=()) -> tuple[bytes, dict[str, in
         for op in operators:
             for place, index in enumerate(op.inputs):
                 owner = _owner(file.model, graph, op, index, schemes)
+                if owner is None and operator_name(file.model, op) == "FULLY_CONNECTED":
+                    owner = _owner_of_values(file.constant(graph, index), schemes, kernels)
                 if owner is None or schemes[owner] is None or len(_shape(graph, index)) < 2:
                     continue
                 weights = file.constant(graph, index)
@@ -61,11 +69,10 @@ def shrink(content: bytes, schemes: dict, mixed=()) -> tuple[bytes, dict[str, in
                 key = index, operator_name(file.model, op)
                 if key not in made:
                     constant = owner in mixed and not _is_rounded(weights, schemes[owner])
-                    made[key] = (
-                        None
-                        if constant
-                        else _stored(file, graph, index, weights, schemes[owner], key[1])
-                    )
+                    scheme, at = schemes[owner], (file, graph, index)
+                    made[key] = None if constant else _stored(*at, weights, scheme, key[1])
+                    if made[key] is None and not constant and key[1] == "FULLY_CONNECTED":
+                        made[key] = _unfolded(*at, weights, scheme, kernels(owner))
                 if made[key]:
                     made[key](op, place)
                     count(owner, graph, index)
@@ -118,6 +125,13 @@ def _owner(model, graph, op, index, schemes):
     return next(filter(None, (nearest(name, schemes) for name in names)), None)
 
 
+def _owner_of_values(weights, schemes, kernels):
+    """Returns the layer whose kernel a constant without a telling name was made of, or `None`."""
+    if weights is None or min(weights.shape) < 2:  # any vector is another one, scaled
+        return None
+    return next((owner for owner in schemes if unfold(weights, kernels(owner))), None)
+
+
 def _is_rounded(weights, scheme) -> bool:
     """Whether a constant looks like weights that were rounded: not so if each number has its own scale."""
     if scheme.weight_type == "float":
@@ -138,6 +152,25 @@ def _stored(file, graph, index, weights, scheme, operator):
     if operator in _DYNAMIC and grid.axis == 0 and (grid.group is None or _blocks(grid, operator)):
         return _dynamic(file, small, operator)
     return _expanded(file, graph, small, index, grid)
+
+
+def _unfolded(file, graph, index, weights, scheme, kernels):
+    """As `_stored`, for the weights of a product whose inputs were scaled by constants."""
+    found = unfold(weights, kernels)
+    stored = found and _stored(file, graph, index, found.weights, scheme, "FULLY_CONNECTED")
+    if stored is None:
+        return None
+    factors = file.tensor(graph, index, "FLOAT32", found.factors, "factors")
+
+    def read(op, place):
+        given = op.inputs[0]
+        scaled = file.result(graph, given, "scaled", graph.tensors[given].shape)
+        graph.tensors[scaled].shapeSignature = graph.tensors[given].shapeSignature
+        file.add_operator(graph, "MUL", [given, factors], scaled, 1)
+        op.inputs = np.array([scaled, *op.inputs[1:]], np.int32)
+        stored(op, place)
+
+    return read
 
 
 def _blocks(grid, operator) -> bool:

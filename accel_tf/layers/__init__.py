@@ -3,12 +3,21 @@
 They treat nested, shared and wrapped layers alike.
 """
 
-from accel_tf.layers._check import difference, require_same, run, samples, sqnr, tells
+from accel_tf.layers._check import (
+    batch_of,
+    difference,
+    require_same,
+    run,
+    samples,
+    sqnr,
+    tells,
+    varying,
+)
 from accel_tf.layers._expand import expand, functional, passes_on, why_kept
 from accel_tf.layers._operator import Operator
 from accel_tf.layers._parts import Constant, OwnWeight, Repeated, WithMask
 from accel_tf.layers._rebuild import NOT_COPIED, REMOVED, Site, anew, rebuild, rebuild_calls
-from accel_tf.layers._state import copy_state
+from accel_tf.layers._state import Changes, copy_state, unsaved
 from accel_tf.layers._walk import Call, calls, has_graph, require_model, walk
 from accel_tf.layers._walk import Functional as Functional
 
@@ -16,6 +25,7 @@ __all__ = [
     "NOT_COPIED",
     "REMOVED",
     "Call",
+    "Changes",
     "Constant",
     "Operator",
     "OwnWeight",
@@ -23,6 +33,7 @@ __all__ = [
     "Site",
     "WithMask",
     "anew",
+    "batch_of",
     "calls",
     "copy_state",
     "difference",
@@ -38,6 +49,8 @@ __all__ = [
     "samples",
     "sqnr",
     "tells",
+    "unsaved",
+    "varying",
     "walk",
     "why_kept",
 ]

@@ -31,7 +31,10 @@ def anew(layer: keras.Layer, path: str, /, **changes) -> keras.Layer:
         # A configuration holds a lambda as bytes only, which Keras refuses to load.
         lambdas = {name: vars(layer).get(name) for name in config}
         lambdas = {k: f for k, f in lambdas.items() if getattr(f, "__name__", "") == "<lambda>"}
-        return type(layer).from_config({**config, **lambdas, **changes})
+        new = type(layer).from_config({**config, **lambdas, **changes})
+        if "name" not in changes:
+            new.name = layer.name  # A configuration may lack a name that Keras chose.
+        return new
     except Exception as error:
         raise ValueError(
             f"Layer {path!r} ({type(layer).__name__}) cannot be copied, as its configuration does not "

@@ -6,14 +6,17 @@ import keras
 
 from accel_tf.layers._walk import walk
 
+# The name that Keras gives to the state of any random generator, also of its global one.
+_SEED = "seed_generator_state"
+
 
 def copy_state(old: keras.Layer, new: keras.Layer, path: str) -> None:
     """Gives `new` the state of `old`, a layer of the same configuration, by the way of a `.keras` file.
 
     That is what Keras saves and loads a layer with: `save_own_variables` and `load_own_variables`,
     which also finalize an adapted `Normalization` and merge a LoRA update, and `save_assets` and
-    `load_assets`, which carry the tables of lookup layers. The states of random seeds, which a file
-    lacks, are copied as well. The layers inside of `old` are treated alike.
+    `load_assets`, which carry the tables of lookup layers. What a file lacks, see `unsaved`, is copied as
+    well. The layers inside of `old` are treated alike.
 
     Args:
         old: The layer, built.
@@ -34,6 +37,8 @@ def copy_state(old: keras.Layer, new: keras.Layer, path: str) -> None:
     for (where, source), target in zip(sources, targets, strict=True):
         if source is target:
             continue
+        if target is not new:
+            target.name = source.name  # Keras numbers names that a constructor does not give.
         try:
             _copy_own(source, target)
         except Exception as error:
@@ -53,18 +58,61 @@ def _copy_own(source, target):
         with tempfile.TemporaryDirectory() as folder:
             source.save_assets(folder)
             target.load_assets(folder)
-    for seed, other in zip(_seeds(source), _seeds(target), strict=True):
-        other.assign(_array(seed))
+    for state, other in zip(unsaved(source), unsaved(target), strict=True):
+        other.assign(_array(state))
 
 
 def _array(value):
     return keras.ops.convert_to_numpy(value) if isinstance(value, keras.Variable) else value
 
 
-def _seeds(layer) -> list:
-    """Returns the states of a layer's own random generators."""
+def unsaved(layer: keras.Layer) -> list[keras.Variable]:
+    """Returns the variables of a layer that Keras saves in no file.
+
+    These are the states of its own random generators, and what a recurrent layer with `stateful=True`
+    keeps from one batch to the next.
+    """
     generators = [x for x in vars(layer).values() if isinstance(x, keras.random.SeedGenerator)]
-    return [generator.state for generator in generators]
+    states = keras.tree.flatten(layer.states) if isinstance(layer, keras.layers.RNN) else []
+    return [generator.state for generator in generators] + [v for v in states if v is not None]
+
+
+class Changes(keras.StatelessScope):
+    """A scope that leaves all variables as they are, and notes which of them a call would change.
+
+    Attributes:
+        variables: These variables, each once.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._noted: dict[int, keras.Variable] = {}
+
+    @property
+    def variables(self) -> list[keras.Variable]:
+        return list(self._noted.values())
+
+    def add_update(self, update):
+        super().add_update(update)
+        self._noted[id(update[0])] = update[0]
+
+    def of_state(self, model: keras.Model) -> dict[str, keras.Variable]:
+        """Returns what is changed besides the states of random generators, by the path of the layer.
+
+        Args:
+            model: The model that was called in inference. If a layer changes several of its variables,
+                the result has one of them.
+        """
+        owners = {
+            id(v): path for path, layer in walk(model) for v in (*layer.variables, *unsaved(layer))
+        }
+        # Seeds and metrics are variables of a layer, but not among its weights.
+        others = {id(v) for v in model.variables} - {id(v) for v in model.weights}
+        return {
+            owners.get(id(v), model.name): v
+            for v in self.variables
+            if id(v) not in others and v.name != _SEED
+        }
 
 
 def _not_alike(path, layer, why) -> ValueError:

@@ -1,5 +1,6 @@
 """Post-training quantization: the ranges of a fake-quantized model from data, without training."""
 
+import contextlib
 import dataclasses
 import math
 import warnings
@@ -9,9 +10,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from accel_tf.layers import run, samples, sqnr, walk
+from accel_tf.layers import batch_of, run, samples, sqnr, unsaved, varying, walk
 from accel_tf.quantization._checks import require_ranges
-from accel_tf.quantization._data import batches_of, inputs_of
+from accel_tf.quantization._data import batches_of, inputs_of, parts_of
 from accel_tf.quantization._fake import FakeQuantize, observing
 from accel_tf.quantization._observers import MinMax
 from accel_tf.quantization._rewrite import require_same_unrounded, rewrite
@@ -21,6 +22,8 @@ from accel_tf.report import attach, report_of
 # How many samples of the data the result is compared on, and the ratio below which it warns, in dB.
 _CHECKED = 16
 _LEAST = 10.0
+# The same for what varies between samples. At 0 dB, the mean of the outputs would be as good an answer.
+_LEAST_VARYING = 0.0
 
 
 def calibrate(
@@ -50,20 +53,22 @@ def calibrate(
         scheme: The number format; `Int8()` if not given. Ranges are found by its observer; if it has
             none, by `MinMax()`, and the model goes on from there with `MovingAverage()` if it is trained.
         exclude: Paths of layers to leave in float, as for `quantize_aware`.
-        batch_size: How many inputs of an array to run at a time.
+        batch_size: How many inputs of an array to run at a time. A model whose inputs were made for a
+            batch of a fixed size, as by `keras.Input(batch_shape=...)`, runs in batches of that size.
         verbose: 1 for a progress bar, 0 for silence.
         verify: Whether to compare the new model with `model` on the first samples of the data. With
             nothing rounded it has to compute the same. What rounding costs is noted in the report as the
-            median signal-to-quantization-noise ratio of a sample, and a warning is given if that is below
-            10 dB.
+            median signal-to-quantization-noise ratio of a sample, and as the ratio of what varies between
+            samples, without their mean. A warning is given if the former is below 10 dB or the latter
+            below 0 dB.
 
     Returns:
         A new model of the same class, not compiled.
 
     Raises:
         ValueError: As `quantize_aware`; `data` has no batch or an empty one, does not fit the inputs
-            of the model, has labels beside an array of inputs, or has NaN or infinite values; or a
-            layer's values are such that there is no grid for them; or the new model, with nothing
+            of the model or the size of their batch, has labels beside an array of inputs, or has NaN or
+            infinite values; or a layer's values are such that there is no grid for them; or the new model, with nothing
             rounded, does not compute what `model` does.
 
     Example:
@@ -111,23 +116,25 @@ def _observe(quantized, batches, verbose):
         floats = [tf.cast(t, tf.float32) for t in tensors if t.dtype.is_floating]
         return tf.reduce_all([True, *(tf.reduce_all(tf.math.is_finite(t)) for t in floats)])
 
-    step, traced, first = 0, {}, None
-    with observing():
+    step, traced, first, size = 0, {}, None, batch_of(quantized)
+    with observing(), _same_state(quantized):
         for step, batch in enumerate(batches, start=1):
-            structure = inputs_of(quantized, batch, step - 1)
-            tensors = tf.nest.flatten(structure)
+            inputs = inputs_of(quantized, batch, step - 1)
             if first is None:
-                first = tf.nest.pack_sequence_as(structure, [x[:_CHECKED] for x in tensors])
-            # Once for all batches, the last and smaller one included, unless images vary in size.
-            specs = tuple(tf.TensorSpec((None, *x.shape[1:]), x.dtype) for x in tensors)
-            if specs not in traced:
-                function = tf.function(observe, autograph=False)
-                traced[specs] = function.get_concrete_function(*specs)
-            if not traced[specs](*tensors):
-                raise ValueError(
-                    f"Batch {step - 1} of the calibration data has NaN or infinite values, from "
-                    "which no range can be taken. Remove those inputs."
-                )
+                count = max(_CHECKED // (size or 1), 1) * (size or 1)
+                first = keras.tree.map_structure(lambda x, n=count: x[:n], inputs)
+            for structure in parts_of(quantized, inputs, step - 1):
+                tensors = tf.nest.flatten(structure)
+                # Once for all batches, the last and smaller one included, unless images vary in size.
+                specs = tuple(tf.TensorSpec((size, *x.shape[1:]), x.dtype) for x in tensors)
+                if specs not in traced:
+                    function = tf.function(observe, autograph=False)
+                    traced[specs] = function.get_concrete_function(*specs)
+                if not traced[specs](*tensors):
+                    raise ValueError(
+                        f"Batch {step - 1} of the calibration data has NaN or infinite values, from "
+                        "which no range can be taken. Remove those inputs."
+                    )
             progress.update(step, finalize=step == total)
     if not step:
         raise ValueError(
@@ -135,6 +142,18 @@ def _observe(quantized, batches, verbose):
             "before is empty: pass the data anew."
         )
     return first
+
+
+@contextlib.contextmanager
+def _same_state(quantized):
+    """Gives the layers of a model the state again that they have when it is entered, but no ranges."""
+    layers = [layer for _, layer in walk(quantized)]
+    ranges = {id(v) for layer in layers if isinstance(layer, FakeQuantize) for v in layer.variables}
+    state = {id(v): v for layer in layers for v in (*layer.non_trainable_weights, *unsaved(layer))}
+    before = [(v, tf.identity(v.value)) for key, v in state.items() if key not in ranges]
+    yield
+    for variable, value in before:
+        variable.assign(value)
 
 
 def _with_observers(model, quantized, scheme, exclude):
@@ -165,16 +184,20 @@ def _note_noise(model, quantized, x):
         return
     pairs = zip(run(model, x), run(quantized, x), strict=True)
     # An index, such as an arg-max, differs much where two values are close.
-    ratios = [_usual_ratio(y, z) for y, z in pairs if y.dtype.kind not in "iub"]
-    ratio = min(ratios, default=math.inf)
+    pairs = [(y, z) for y, z in pairs if y.dtype.kind not in "iub"]
+    ratio = min((_usual_ratio(y, z) for y, z in pairs), default=math.inf)
+    varies = varying([y for y, _ in pairs], [z for _, z in pairs])
+    figures = f"{ratio:.1f} dB"
+    if math.isfinite(varies):
+        figures += f", and {varies:.1f} dB of what varies between samples"
     found = report_of(quantized)
-    note = f"{found.note} With rounding: {ratio:.1f} dB."
-    attach(quantized, dataclasses.replace(found, note=note))
-    if ratio < _LEAST:
+    attach(quantized, dataclasses.replace(found, note=f"{found.note} With rounding: {figures}."))
+    if ratio < _LEAST or varies < _LEAST_VARYING:
         warnings.warn(
             f"The quantized model {model.name!r} differs much from the original: its outputs have a "
-            f"median signal-to-quantization-noise ratio of {ratio:.1f} dB on the first samples, where "
-            f"{_LEAST:g} dB and more are usual. accel_tf.quantization.quantization_error(quantized, x) tells "
-            "which layers cause it; leave those in float with exclude=[...].",
+            f"median signal-to-quantization-noise ratio of {figures}, on the first samples. {_LEAST:g} dB "
+            f"and more are usual, and below {_LEAST_VARYING:g} dB of what varies the error is larger than the "
+            "differences between samples. accel_tf.quantization.quantization_error(quantized, x) tells which "
+            "layers cause it; leave those in float with exclude=[...].",
             stacklevel=3,
         )

@@ -7,6 +7,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from accel_tf.layers import batch_of
+
 
 def batches_of(model: keras.Model, data, batch_size: int) -> Iterable:
     """Returns the batches of calibration data, as `calibrate` takes them.
@@ -14,11 +16,11 @@ def batches_of(model: keras.Model, data, batch_size: int) -> Iterable:
     Args:
         model: A functional or sequential model.
         data: As in `calibrate`, but not `None`.
-        batch_size: The number of samples in each batch of an array.
+        batch_size: The number of samples in each batch of an array, if the inputs of the model take any.
 
     Raises:
         ValueError: `data` is neither arrays nor batches, is infinite, or holds another number of arrays than the model
-            has inputs.
+            has inputs; or the number of samples is no multiple of the batch that the inputs take.
     """
     if isinstance(data, tf.data.Dataset):
         if data.cardinality() == tf.data.INFINITE_CARDINALITY:
@@ -39,7 +41,11 @@ def batches_of(model: keras.Model, data, batch_size: int) -> Iterable:
             )
         data = _one_array_per_input(model, data)
     leaves = keras.tree.flatten(data) if isinstance(data, (list, dict)) else [data]
-    return _slices(data, leaves, batch_size) if all(map(_is_array, leaves)) else data
+    if not all(map(_is_array, leaves)):
+        return data
+    _require_whole_batches(model, len(leaves[0]), "calibrate received arrays of")
+    size = batch_of(model) or 1
+    return _slices(data, leaves, max(batch_size // size, 1) * size)
 
 
 def _one_array_per_input(model, data):
@@ -68,6 +74,36 @@ def _array_of_numbers(data):
     leaves = keras.tree.flatten(data) if isinstance(data, (list, tuple)) else []
     only_numbers = bool(leaves) and all(isinstance(leaf, numbers.Number) for leaf in leaves)
     return np.asarray(data) if only_numbers else data
+
+
+def parts_of(model: keras.Model, inputs, position: int) -> list:
+    """Returns the inputs of a batch in parts of as many samples as the model takes.
+
+    Args:
+        model: A functional or sequential model.
+        inputs: As from `inputs_of`.
+        position: The number of the batch, for the message.
+
+    Raises:
+        ValueError: The number of samples is no multiple of that number.
+    """
+    size = batch_of(model)
+    if size is None:
+        return [inputs]
+    leaves = keras.tree.flatten(inputs)
+    _require_whole_batches(model, len(leaves[0]), f"Batch {position} of the calibration data has")
+    return _slices(inputs, leaves, size)
+
+
+def _require_whole_batches(model, count, what):
+    """Raises a ValueError if `count` samples cannot be run in batches of the size that a model takes."""
+    size = batch_of(model)
+    if size is not None and count % size:
+        raise ValueError(
+            f"{what} {count} samples, and the inputs of model {model.name!r} take {size} at a time "
+            f"(batch_shape={model.inputs[0].shape}), so their number must be a multiple of {size}: write "
+            f"x[: {count - count % size}] for an array, and .batch({size}, drop_remainder=True) for a dataset."
+        )
 
 
 def _slices(data, arrays, size):

@@ -167,7 +167,7 @@ class Plan:
             if reads_floats and scheme and scheme.activation_bits:
                 return Step(_composite.QuantizedIndex, scheme), None
             return None, None
-        if self._is_constant(call):
+        if not weight_only and self._is_constant(call):
             # Computed beforehand, and put on a grid by what it meets.
             self._constants.update(id(t) for t in call.outputs)
             return Step(None, why="a weight, rounded where it meets activations"), None

@@ -9,7 +9,7 @@ import keras
 
 from accel_tf import layers as graphs
 from accel_tf import report
-from accel_tf.quantization import _preserve
+from accel_tf.quantization import _preserve, _weight_only
 from accel_tf.quantization._checks import require_finite
 from accel_tf.quantization._fake import FakeQuantize, unrounded
 from accel_tf.quantization._layers import QuantizedLayer
@@ -110,7 +110,12 @@ def rewrite(model, scheme, exclude, verb) -> keras.Model:
     _require_floats(model, scheme_at, verb)
 
     def graph(path, layer):
-        return None if rule_of(layer) or scheme_at(path) is None else graph_of(layer)
+        scheme = scheme_at(path)
+        if rule_of(layer) or scheme is None:
+            return None
+        if scheme.activation_bits is None and _weight_only.holds_matrices(layer):
+            return None  # In a graph of operators nothing would round them.
+        return graph_of(layer)
 
     model = graphs.expand(model, graph)
     plan = Plan(model, scheme_at)
@@ -118,6 +123,12 @@ def rewrite(model, scheme, exclude, verb) -> keras.Model:
     new_model = graphs.rebuild_calls(
         model, wrappers.of_call, lambda i: _input_quantizer(model, plan, i)
     )
+    if not any(isinstance(v, QuantizedLayer | FakeQuantize) for _, v in graphs.walk(new_model)):
+        raise ValueError(
+            f"{verb} has nothing to quantize in model {model.name!r}: none of its layers has a kernel, a table "
+            f"or another matrix that {scheme} takes, or all of them are excluded. accel_tf.fuse(model) "
+            "returns a copy in float."
+        )
     wrappers.copy_state(new_model)
     kept = _preserve.keep(new_model)
     report.attach(new_model, _report(verb, model, plan, wrappers.inner, kept))

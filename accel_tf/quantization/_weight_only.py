@@ -56,16 +56,12 @@ class WeightOnlyLayer(QuantizedLayer):
             (weight, self.rounded(weight, axes))
             for weight, axes in kernels_of(self.layer, self.scheme.group_size, self.exclude)
         ]
-        scope = keras.StatelessScope(state_mapping=rounded, collect_losses=True)
-        variables = self.layer.variables
-        before = [scope.get_current_value(v) for v in variables]
+        scope = graphs.Changes(state_mapping=rounded, collect_losses=True)
         with scope:
             outputs = self.layer(*args, **kwargs)
-        # What the layer changed meanwhile, such as moving averages and the states of random seeds.
-        for variable, old in zip(variables, before, strict=True):
-            new = scope.get_current_value(variable)
-            if new is not old:
-                variable.assign(new)
+        # What the layer changed meanwhile, such as moving averages and the state of a recurrent layer.
+        for variable in scope.variables:
+            variable.assign(scope.get_current_value(variable))
         for loss in scope.losses:
             self.add_loss(loss)
         return outputs
@@ -105,7 +101,7 @@ def anew(layer: keras.Layer, path: str) -> keras.Layer:
 
 
 def kernels_of(layer: keras.Layer, group_size=None, exclude=()) -> list[tuple]:
-    """Returns the kernels and tables of a layer and of the layers in it.
+    """Returns the kernels, tables and matrices of a layer and of the layers in it, see `_is_rounded`.
 
     Args:
         layer: The layer, built.
@@ -118,8 +114,35 @@ def kernels_of(layer: keras.Layer, group_size=None, exclude=()) -> list[tuple]:
     return [
         (v, _axes(v, owner, group_size))
         for v, path, owner in _owned(layer)
-        if _preserve.is_kernel(v) and not any(f"{path}/".startswith(f"{p}/") for p in exclude)
+        if _is_rounded(v, owner) and not any(f"{path}/".startswith(f"{p}/") for p in exclude)
     ]
+
+
+def holds_matrices(layer: keras.Layer) -> bool:
+    """Whether a layer itself, rather than a layer in it, has weights that are rounded."""
+    below = {id(v) for _, inner in graphs.walk(layer) for v in inner.weights}
+    return any(id(v) not in below and _is_rounded(v, layer) for v in layer.weights)
+
+
+def _is_rounded(variable, owner) -> bool:
+    """Whether a weight is rounded: kernels and tables, and whatever else a custom layer multiplies by.
+
+    What Keras' own layers have besides is small, such as an initial state. In a layer of the user's any
+    name may stand for a kernel, so each trainable matrix is one that is neither a bias nor a vector of
+    further axes of length 1.
+    """
+    if _preserve.is_kernel(variable):
+        return True
+    custom = isinstance(owner, graphs.OwnWeight) or not type(owner).__module__.startswith("keras.")
+    is_matrix = sum(size > 1 for size in variable.shape) >= 2
+    is_float = keras.backend.is_float_dtype(variable.dtype)
+    return (
+        custom
+        and is_matrix
+        and is_float
+        and variable.trainable
+        and not variable.name.endswith("bias")
+    )
 
 
 def has_wrapper(call, scheme) -> bool:
@@ -163,16 +186,16 @@ def excluded_in(layer: keras.Layer, path: str, scheme_at) -> list[str]:
 def note(done: str, layer, excluded=()) -> str:
     """Returns what is to be said of a layer in the report: what was done, and what stays in float.
 
-    Besides excluded layers, that are its matrices that are neither kernels, tables nor biases.
+    Besides excluded layers, that are its weights of two and more axes that are not rounded, but for biases.
     """
-    weights = [v for v, _, _ in _owned(layer)] if isinstance(layer, keras.Layer) else []
+    owned = _owned(layer) if isinstance(layer, keras.Layer) else []
     others = [
         v.name
-        for v in weights
+        for v, _, owner in owned
         if len(v.shape) >= 2
         and v.trainable
         and keras.backend.is_float_dtype(v.dtype)
-        and not _preserve.is_kernel(v)
+        and not _is_rounded(v, owner)
         and not v.name.endswith("bias")
     ]
     kept = [f"{name} stays in float" for name in (*excluded, *dict.fromkeys(others))]

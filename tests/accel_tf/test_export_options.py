@@ -126,3 +126,10 @@ def test_a_wrong_file_does_not_replace_a_right_one(tmp_path, monkeypatch):
     assert [p.name for p in (tmp_path / "saved").iterdir()] == ["notes.txt"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m.tflite", "saved"]
     at.export.litert(right, tmp_path / "m.tflite", verify=False)  # the wrong one, as asked for
+
+
+def test_a_random_operator_without_a_counterpart_is_told_without_advice_on_argmax(tmp_path):
+    noise = L.Lambda(lambda x: x + keras.random.normal(keras.ops.shape(x)), name="noise")
+    with pytest.raises(ValueError, match="layer 'noise'") as caught:
+        at.export.onnx(keras.Sequential([keras.Input((6,)), noise]), tmp_path / "m.onnx")
+    assert "argmax" not in str(caught.value) and "export.saved_model" in str(caught.value)

@@ -222,3 +222,80 @@ def test_a_large_constant_in_the_outputs_hides_no_fault():
     model.layers[-1].bias.assign([1e4, 1e4])
     with pytest.raises(ValueError, match="20 dB of what varies between samples"):
         at.fuse(model)
+
+
+def stateful(*layers):
+    return keras.Sequential([keras.Input(batch_shape=(8, 4, 3)), *layers, L.Dense(2)])
+
+
+SIGNALS = RNG.normal(size=(3, 8, 4, 3)).astype("float32")
+STATEFUL = {
+    **LOSSLESS,
+    "Int8Weights": lambda model: at.calibrate(model, None, at.Int8Weights(), verbose=0),
+    "excluded": lambda model: at.calibrate(model, SIGNALS[2], exclude=["r*"], verbose=0),
+    "observed": lambda model: at.calibrate(
+        model, SIGNALS.reshape(24, 4, 3), exclude=["r*"], verbose=0
+    ),
+}
+
+
+@pytest.mark.parametrize("verb", STATEFUL)
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda: L.GRU(8, stateful=True, name="r"),
+        lambda: L.RNN([L.GRUCell(4), L.LSTMCell(5)], stateful=True, name="r"),
+    ],
+    ids=["GRU", "stacked"],
+)
+def test_copies_of_stateful_layers_go_on_from_the_state_of_the_original(verb, layer):
+    model = stateful(layer())
+    model(SIGNALS[2])
+    before = [v.numpy() for _, r in layers.walk(model) for v in layers.unsaved(r)]
+    copy = STATEFUL[verb](model)
+    after = [v.numpy() for _, r in layers.walk(model) for v in layers.unsaved(r)]
+    for old, new in zip(before, after, strict=True):
+        np.testing.assert_array_equal(new, old)
+    for batch in SIGNALS:
+        assert decibels(model(batch), copy(batch)) > (100 if verb in LOSSLESS else 25)
+
+
+@keras.saving.register_keras_serializable("tests")
+class Counter(L.Layer):
+    def build(self, shape):
+        self.count = self.add_weight((), "zeros", trainable=False, name="count")
+
+    def call(self, x):
+        self.count.assign(self.count + 1.0)
+        return x * self.count
+
+
+def test_verbs_leave_a_counter_as_it_is():
+    model = keras.Sequential([keras.Input((16,)), L.Dense(4), Counter(name="mine"), L.Dense(2)])
+    quantized = at.calibrate(model, FAR[:40], exclude=["mine"], verbose=0)
+    fused = at.fuse(model)
+    assert {float(m.get_layer("mine").count) for m in (model, quantized, fused)} == {0}
+    for times in (1, 2):
+        assert decibels(model(FAR), fused(FAR)) > 100
+        assert float(model.get_layer("mine").count) == times
+
+
+class Unnamed(L.Layer):
+    """A layer without a get_config of its own, and one in it, so that Keras chooses their names anew."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.dense = L.Dense(4)
+
+    def call(self, x):
+        return self.dense(x)
+
+
+def test_copies_keep_the_names_that_keras_chose(tmp_path):
+    model = keras.Sequential([keras.Input((16,)), L.Dense(4), Unnamed(), L.Dense(2)])
+    names = [path for path, _ in layers.walk(model)]
+    assert [path for path, _ in layers.walk(at.fuse(model))] == names
+    quantized = at.calibrate(model, FAR, exclude=[names[-3]], verbose=0)
+    assert {names[-3], names[-2]} <= {path for path, _ in layers.walk(quantized)}
+    found = at.export.litert(quantized, tmp_path / "m.tflite", allow_float=True)
+    assert names[-2] in {op.layer for op in found.operators}

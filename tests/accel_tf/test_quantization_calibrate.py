@@ -1,5 +1,7 @@
 """Calibration: the ranges of activations, found on data without training."""
 
+import warnings
+
 import keras
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ import tensorflow as tf
 from quantized_models import fit, quantizers, residual, small_cnn
 
 import accel_tf as at
+from accel_tf.layers import sqnr
 from accel_tf.quantization import Int4Weights
 
 L = keras.layers
@@ -214,3 +217,49 @@ def test_float_ids_are_refused_where_they_would_be_quantized():
     ):
         error = np.square(quantized(x) - expected).sum()
         assert 10 * np.log10(np.square(expected).sum() / error) > 30
+
+
+def fixed_batch(*layers):
+    return keras.Sequential([keras.Input(batch_shape=(8, 4, 3)), *layers, L.Dense(2)])
+
+
+def test_a_model_of_a_fixed_batch_runs_in_batches_of_that_size():
+    x = np.random.default_rng(0).normal(size=(40, 4, 3)).astype("float32")
+    for layer, out in ((L.GRU(8, stateful=True, name="gru"), ["gru"]), (L.Flatten(), [])):
+        model = fixed_batch(layer)
+        quantized = at.calibrate(model, x, exclude=out, verbose=0)
+        assert "Checked without rounding on 16 samples" in at.report_of(quantized).note
+        assert sqnr(np.asarray(model(x[:8])), np.asarray(quantized(x[:8]))) > 25
+        if not out:  # so that no state tells the batches apart
+            for data in (tf.data.Dataset.from_tensor_slices(x).batch(8), iter([x])):
+                same = at.calibrate(model, data, verbose=0)
+                assert same.layers[0].range == quantized.layers[0].range
+
+
+@pytest.mark.parametrize("data", [lambda x: x, lambda x: iter([x[:32], x[32:]])])
+def test_samples_that_are_no_whole_batches_are_an_error(data):
+    x = np.zeros((39, 4, 3), "float32")
+    with pytest.raises(ValueError, match="samples, .* take 8 at a time.*a multiple of 8"):
+        at.calibrate(fixed_batch(L.Flatten()), data(x), verbose=0)
+
+
+def test_rounding_that_hides_what_varies_between_samples_is_a_warning():
+    keras.utils.set_random_seed(0)
+    x = np.random.default_rng(0).normal(size=(64, 8)).astype("float32")
+    dense = L.Dense(4, "softmax", name="logits")
+    model = keras.Sequential([keras.Input((8,)), dense])
+    dense.kernel.assign(1e-3 * dense.kernel)  # all outputs are close to those of the bias
+    dense.bias.assign([0.0, 1.0, 2.0, 0.5])
+    with warnings.catch_warnings(record=True) as given:
+        warnings.simplefilter("always", UserWarning)
+        quantized = at.calibrate(model, x, verbose=0)
+    (warning,) = [w for w in given if w.category is UserWarning]
+    assert "dB of what varies between samples, on the first samples" in str(warning.message)
+    y, z = np.asarray(model(x[:16])), np.asarray(quantized(x[:16]))
+    assert sqnr(y, z) > 35 and sqnr(y - y.mean(0), z - y.mean(0)) < 0
+    note = at.report_of(quantized).note
+    total = np.median([sqnr(a, b) for a, b in zip(y, z, strict=True)])
+    varies = sqnr(y - y.mean(0), z - y.mean(0))
+    assert note.endswith(
+        f"With rounding: {total:.1f} dB, and {varies:.1f} dB of what varies between samples."
+    )

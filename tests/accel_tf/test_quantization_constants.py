@@ -69,6 +69,7 @@ def outputs(model, x, path):
     return quantized(x), at.export.run_litert(path, x), quantized, found
 
 
+@pytest.mark.filterwarnings("ignore:The quantized model .* differs much")  # of a huge bias
 @pytest.mark.parametrize("build", [_images, _signals])
 @pytest.mark.parametrize("sort", SORTS)
 def test_a_bias_of_any_sort_is_the_same_in_the_file(build, sort, tmp_path):
