@@ -28,7 +28,7 @@ class Scheme:
     weight_type: ClassVar[str] = "int"
     activation_bits: ClassVar[int | None] = None
     symmetric: ClassVar[bool] = False
-    per_channel: ClassVar[bool] = True
+    per_channel = True  # not annotated, so that it comes last among the fields of Int8
     group_size: ClassVar[int | None] = None
 
     def get_config(self) -> dict:
