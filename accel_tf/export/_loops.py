@@ -4,10 +4,10 @@ The converter computes the body of a loop in integers, but a variable of the loo
 dequantizes it at its end and quantizes it again at its start, with the same parameters.
 """
 
-import flatbuffers
 import numpy as np
 
-from accel_tf._litert_schema import litert_module, operator_name
+from accel_tf._litert_file import pack
+from accel_tf._litert_schema import operator_name, schema
 
 
 def integer_loops(content: bytes) -> bytes:
@@ -16,8 +16,7 @@ def integer_loops(content: bytes) -> bytes:
     Args:
         content: A LiteRT file.
     """
-    schema = litert_module("schema_py_generated")
-    file = schema.ModelT.InitFromObj(schema.Model.GetRootAs(content, 0))
+    file = schema().ModelT.InitFromPackedBuf(content, 0)
     loops = [
         _Loop(file, graph, op)
         for graph in file.subgraphs
@@ -29,9 +28,7 @@ def integer_loops(content: bytes) -> bytes:
     for loop in loops:
         for place in range(len(loop.op.inputs)):
             loop.store_as_integers(place)
-    builder = flatbuffers.Builder(1024)
-    builder.Finish(file.Pack(builder), b"TFL3")
-    return bytes(builder.Output())
+    return pack(file)
 
 
 class _Loop:

@@ -54,6 +54,11 @@ def total(x, y):
     return _noted(x + y, _sum(None, x, y))
 
 
+def difference(x, y):
+    """Returns x − y, noted."""
+    return _noted(x - y, _sum(None, x, y, sign=-1.0))
+
+
 def product(x, y):
     """Returns x · y, noted."""
     return _noted(x * y, _product(None, x, y))

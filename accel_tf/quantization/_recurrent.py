@@ -13,8 +13,17 @@ from accel_tf.quantization._fake import (
     evaluated,
     frozen,
     is_observing,
+    passes,
 )
-from accel_tf.quantization._grids import unequal
+from accel_tf.quantization._grids import (
+    hand_on,
+    note_grid,
+    note_steps,
+    note_sums,
+    steps_of,
+    unequal,
+)
+from accel_tf.quantization._integers import difference, product, total
 from accel_tf.quantization._kernels import unflatten
 from accel_tf.quantization._layers import QuantizedLayer
 
@@ -43,10 +52,8 @@ class QuantizedRecurrent(QuantizedLayer):
         x = inputs
         if training and layer.cell.dropout:  # One choice for all steps, as in Keras.
             x = tf.nn.dropout(x, layer.cell.dropout, noise_shape=(tf.shape(x)[0], 1, x.shape[2]))
-        kernel = tf.cast(self.rounded(layer.cell.kernel), x.dtype)
-        step = _STEPS[type(layer)](layer.cell, self.rounded(layer.cell.recurrent_kernel), x.dtype)
-        flat = tf.reshape(x, (-1, x.shape[2])) @ kernel + step.input_bias
-        product = on_grid("input_product", unflatten(flat, x, 2, (kernel.shape[1],)))
+        step = _STEPS[type(layer)](self, hand_on(inputs, x), training)
+        product = on_grid("input_product", step.input_product(hand_on(inputs, x)))
         if layer.go_backwards:
             product, mask = _last_first(product), mask if mask is None else _last_first(mask)
         if frozen():
@@ -55,7 +62,7 @@ class QuantizedRecurrent(QuantizedLayer):
             y = self._observed(step, product, mask, training)
         if mask is not None and layer.return_sequences and layer.zero_output_for_mask:
             y = self.on_grid(False)("state", tf.where(mask[..., None], y, self._nothing("state")))
-        return y
+        return y if frozen() else self._on_its_grid("state", y)
 
     def _observed(self, step, product, mask, training):
         """Returns the output of a loop, and lets the ranges of all its time steps be observed."""
@@ -79,13 +86,21 @@ class QuantizedRecurrent(QuantizedLayer):
             for _ in step.states
         ]
 
+        def noted(x, states):
+            """Returns what a step computes with, with the grids noted, which a loop does not hand on."""
+            names = ("input_product", *step.states)
+            x, *states = (
+                self._on_its_grid(name, t) for name, t in zip(names, (x, *states), strict=False)
+            )
+            return x, states
+
         def body(t, states, records):
-            new = step(on_grid, product[t], states)
+            new = step(on_grid, *noted(product[t], states))
             if mask is not None:
                 new = [tf.where(mask[t], a, b) for a, b in zip(new, states, strict=True)]
             return t + 1, new, [r.write(t, s) for r, s in zip(records, new, strict=True)]
 
-        first = step(on_grid, product[0], None)
+        first = step(on_grid, noted(product[0], ())[0], None)
         if mask is not None:
             first = [tf.where(mask[0], s, tf.zeros_like(s)) for s in first]
         records = [r.write(0, s) for r, s in zip(records, first, strict=True)]
@@ -148,6 +163,10 @@ class QuantizedRecurrent(QuantizedLayer):
             outputs.append(states[0])
         return tf.stack(outputs, axis=1) if self.layer.return_sequences else outputs[-1]
 
+    def _on_its_grid(self, name, x):
+        quantizer = self.grids[name]
+        return x if quantizer is None or passes() else note_grid(x, quantizer.current_grid)
+
     def _nothing(self, name):
         """Returns a state of zeros, once it is rounded to the grid `name`."""
         if self.grids[name] is None or not frozen():
@@ -170,25 +189,44 @@ class _Step:
     states = ("state",)  # the grids that they are on
     grids: dict[str, str | None] = {}
 
-    def __init__(self, cell, recurrent, dtype):
-        self.recurrent = tf.cast(recurrent, dtype)
-        self.after = getattr(cell, "reset_after", False)
-        self.input_bias = self.recurrent_bias = 0.0
+    def __init__(self, wrapper, x, training):
+        cell = wrapper.layer.cell
+        biases = [0.0, 0.0]
         if cell.use_bias:
             with evaluated():
-                biases = tf.unstack(cell.bias.value) if self.after else [cell.bias.value]
-                biases = [unequal(bias) if frozen() else bias for bias in biases]
-            self.input_bias, *rest = (tf.cast(bias, dtype) for bias in biases)
-            self.recurrent_bias = rest[0] if rest else 0.0
+                after = getattr(cell, "reset_after", False)
+                found = tf.unstack(cell.bias.value) if after else [cell.bias.value]
+                biases[: len(found)] = [unequal(bias) if frozen() else bias for bias in found]
+        self._wrapper, self._training, self._biased = wrapper, training, cell.use_bias
+        self._kernels = [
+            (variable, wrapper.rounded(variable), bias)
+            for variable, bias in zip((cell.kernel, cell.recurrent_kernel), biases, strict=True)
+        ]
+
+    def input_product(self, x):
+        """Returns the product of all inputs, (batch, steps, features), and the kernel."""
+        return self._product(x, *self._kernels[0])
 
     def product(self, h):
         """The product of a state, (batch, units) or (batch, steps, units), and the kernel."""
-        units, made = self.recurrent.shape
-        if len(h.shape) == 2:
-            return h @ self.recurrent + self.recurrent_bias
-        return unflatten(tf.reshape(h, (-1, units)) @ self.recurrent, h, 2, (made,)) + (
-            self.recurrent_bias
-        )
+        return self._product(h, *self._kernels[1])
+
+    def _product(self, x, variable, kernel, bias):
+        inputs, made = kernel.shape
+        flat = x if len(x.shape) == 2 else tf.reshape(x, (-1, inputs))
+        y = flat @ tf.cast(kernel, x.dtype)
+        sums = self._wrapper.sums(x, variable, kernel, (-1,), self._training)
+        if sums is not None and self._biased:
+            with evaluated():
+                sums, bias = sums.with_bias(tf.cast(bias, tf.float32))
+        y = y + tf.cast(bias, y.dtype)
+        if sums is not None:
+            note_sums(y, sums)
+        if len(x.shape) == 2:
+            return y
+        z = unflatten(y, x, 2, (made,))
+        steps = steps_of(y)
+        return note_steps(z, lambda to: tf.reshape(steps(to), tf.shape(z))) if steps else z
 
 
 class _LSTM(_Step):
@@ -204,16 +242,16 @@ class _LSTM(_Step):
         if states is None:  # Nothing to add, and no use for the forget gate.
             i, g, o = (x[..., n * units : (n + 1) * units] for n in (0, 2, 3))
         else:
-            x = on_grid("gates", x + on_grid("recurrent_product", self.product(states[0])))
+            x = on_grid("gates", total(x, on_grid("recurrent_product", self.product(states[0]))))
             i, f, g, o = tf.split(x, 4, axis=-1)
-        added = on_grid("input_gate", tf.sigmoid(i)) * on_grid("candidate", tf.tanh(g))
+        added = product(on_grid("input_gate", tf.sigmoid(i)), on_grid("candidate", tf.tanh(g)))
         if states is None:
             c = on_grid("cell", added)
         else:
-            kept = on_grid("kept", on_grid("forget_gate", tf.sigmoid(f)) * states[1])
-            c = on_grid("cell", kept + on_grid("added", added))
+            kept = on_grid("kept", product(on_grid("forget_gate", tf.sigmoid(f)), states[1]))
+            c = on_grid("cell", total(kept, on_grid("added", added)))
         gate = on_grid("output_gate", tf.sigmoid(o))
-        return [on_grid("state", gate * on_grid("cell_activation", tf.tanh(c))), c]
+        return [on_grid("state", product(gate, on_grid("cell_activation", tf.tanh(c)))), c]
 
 
 class _GRU(_Step):
@@ -229,14 +267,17 @@ class _GRU(_Step):
         units = x.shape[-1] // 3
         h = tf.zeros((1, units), x.dtype) if states is None else states[0]
         recurrent = on_grid("recurrent_product", self.product(h))
-        xg, xh = tf.split(x, (2 * units, units), axis=-1)
-        hg, hh = tf.split(recurrent, (2 * units, units), axis=-1)
-        z, r = tf.split(on_grid("gates", xg + hg), 2, axis=-1)
+        xg, xh = (hand_on(x, part) for part in tf.split(x, (2 * units, units), axis=-1))
+        hg, hh = (
+            hand_on(recurrent, part) for part in tf.split(recurrent, (2 * units, units), axis=-1)
+        )
+        z, r = tf.split(on_grid("gates", total(xg, hg)), 2, axis=-1)
         z, r = on_grid("update_gate", tf.sigmoid(z)), on_grid("reset_gate", tf.sigmoid(r))
-        candidate = on_grid("candidate", tf.tanh(on_grid("sum", xh + on_grid("reset", r * hh))))
+        candidate = tf.tanh(on_grid("sum", total(xh, on_grid("reset", product(r, hh)))))
+        candidate = on_grid("candidate", candidate)
         # z·h + (1 − z)·candidate, with one product less.
-        difference = on_grid("difference", h - candidate)
-        return [on_grid("state", candidate + on_grid("kept", z * difference))]
+        apart = on_grid("difference", difference(h, candidate))
+        return [on_grid("state", total(candidate, on_grid("kept", product(z, apart))))]
 
 
 class _SimpleRNN(_Step):
@@ -244,7 +285,7 @@ class _SimpleRNN(_Step):
 
     def __call__(self, on_grid, x, states):
         if states is not None:
-            x = on_grid("sum", x + on_grid("recurrent_product", self.product(states[0])))
+            x = on_grid("sum", total(x, on_grid("recurrent_product", self.product(states[0]))))
         return [on_grid("state", tf.tanh(x))]
 
 
