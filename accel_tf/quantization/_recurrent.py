@@ -62,7 +62,7 @@ class QuantizedRecurrent(QuantizedLayer):
             y = self._observed(step, product, mask, training)
         if mask is not None and layer.return_sequences and layer.zero_output_for_mask:
             y = self.on_grid(False)("state", tf.where(mask[..., None], y, self._nothing("state")))
-        return y if frozen() else self._on_its_grid("state", y)
+        return self._on_its_grid("state", y)
 
     def _observed(self, step, product, mask, training):
         """Returns the output of a loop, and lets the ranges of all its time steps be observed."""

@@ -193,22 +193,17 @@ RULES: dict[type, Rule] = {
     ),
     **dict.fromkeys(
         [
-            numpy_ops.Reshape,
-            numpy_ops.Transpose,
-            numpy_ops.Squeeze,
+            core_ops.ConvertToTensor,
             numpy_ops.ExpandDims,
             numpy_ops.GetItem,
-            numpy_ops.Take,
-        ],
-        Rule("grid"),
-    ),
-    **dict.fromkeys(
-        [
-            core_ops.ConvertToTensor,
             numpy_ops.Max,
             numpy_ops.Min,
+            numpy_ops.Reshape,
             numpy_ops.Split,
+            numpy_ops.Squeeze,
             numpy_ops.Swapaxes,
+            numpy_ops.Take,
+            numpy_ops.Transpose,
         ],
         Rule("grid", _composite.QuantizedSameScale),
     ),
