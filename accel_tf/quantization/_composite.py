@@ -17,10 +17,7 @@ from accel_tf.quantization._fake import (
     passes,
 )
 from accel_tf.quantization._grids import (
-    grid_of,
     hand_on,
-    has_grid,
-    note_grid,
     note_steps,
     note_sums,
     sums_of,
@@ -147,11 +144,7 @@ class QuantizedSameScale(QuantizedOperator):
         y = self.layer.run(inputs)
         if becomes_integers() and isinstance(self.layer.operation, numpy_ops.Split):
             y = _slices(inputs, y, self.layer.operation.axis)
-        if not has_grid(inputs):
-            return y
-        return keras.tree.map_structure(
-            lambda x: note_grid(x, functools.partial(grid_of, inputs)), y
-        )
+        return keras.tree.map_structure(functools.partial(hand_on, inputs), y)
 
 
 def _slices(x, parts, axis):

@@ -19,7 +19,7 @@ from accel_tf.quantization import (
     _softmax,
     _weight_only,
 )
-from accel_tf.quantization._rules import OWN_IDENTITY, Rule, graph_of, obstacle, rule_of
+from accel_tf.quantization._rules import OWN_IDENTITY, Rule, lack_of_rule, obstacle, rule_of
 from accel_tf.quantization._schemes import Scheme
 
 _L = keras.layers
@@ -247,19 +247,8 @@ class Plan:
                 f"here. Leave it in float with {out}."
             )
         out = f"Leave it in float with exclude=[{path!r}]"
-        if isinstance(layer, _L.SpectralNormalization):
-            raise ValueError(
-                f"Cannot quantize layer {path!r}: SpectralNormalization changes its kernel in training. "
-                f"accel_tf.fuse(model) leaves the layer inside, as it computes in inference. {out}."
-            )
         if rule is None:
-            reason = graphs.why_kept(layer, graph_of(layer))
-            raise ValueError(
-                f"Cannot quantize layer {path!r}: there is no integer form of {kind}, and it cannot be "
-                f"taken apart: {reason}. {out}, or build the model from the layers that quantize_aware "
-                "lists; a layer of your own can be made of those, of weights and of keras.ops, the same in "
-                "training and inference."
-            )
+            raise ValueError(f"Cannot quantize layer {path!r}: {lack_of_rule(layer, out)}")
         if reason := obstacle(layer, call.inputs, self.scheme_of(layer)):
             raise ValueError(f"Cannot quantize layer {path!r} ({kind}): {reason}. {out}.")
         return rule

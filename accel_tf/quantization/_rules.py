@@ -324,6 +324,33 @@ def _both_ways(layer, x, mask=None, **_):
     raise ValueError(f"merge_mode={layer.merge_mode!r} has no integer form.")
 
 
+def lack_of_rule(layer, out: str) -> str:
+    """Returns why a layer without a rule cannot be quantized, and what to write instead.
+
+    Args:
+        layer: A Keras layer in a graph.
+        out: How to leave it in float, as a sentence without its full stop.
+    """
+    kind = type(layer).__name__
+    if isinstance(layer, _L.SpectralNormalization):
+        return (
+            f"{kind} changes its kernel in training. accel_tf.fuse(model) leaves the layer inside, as it "
+            f"computes in inference. {out}."
+        )
+    function = graph_of(layer)
+    if function is None:
+        return (
+            f"there is no integer form of {kind} for more than two tensors where one has a mask, whose "
+            f"steps Keras replaces by 1. {out}."
+        )
+    return (
+        f"there is no integer form of {kind}, and it cannot be taken apart: "
+        f"{graphs.why_kept(layer, function)}. {out}, or build the model from the layers that "
+        "quantize_aware lists; a layer of your own can be made of those, of weights and of keras.ops, the "
+        "same in training and inference."
+    )
+
+
 def obstacle(layer, inputs, scheme) -> str | None:
     """Returns what keeps a layer with a rule from being quantized, `None` if nothing does.
 
