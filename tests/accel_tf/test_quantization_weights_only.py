@@ -358,7 +358,7 @@ class Subclassed(keras.Model):
         self.dense = L.Dense(8, name="dense")
 
     def call(self, x):
-        return ops.reshape(self.dense(x), (ops.shape(x)[0], 2, 4))
+        return self.dense(x) + ops.zeros((ops.shape(x)[0], 1))  # which has no graph
 
     def get_config(self):
         return {"name": self.name}
