@@ -333,16 +333,15 @@ def lack_of_rule(layer, out: str) -> str:
     """
     kind = type(layer).__name__
     if isinstance(layer, _L.SpectralNormalization):
-        return (
-            f"{kind} changes its kernel in training. accel_tf.fuse(model) leaves the layer inside, as it "
-            f"computes in inference. {out}."
-        )
+        return f"{kind} changes its kernel in training; accel_tf.fuse(model) takes it away. {out}."
     function = graph_of(layer)
     if function is None:
         return (
             f"there is no integer form of {kind} for more than two tensors where one has a mask, whose "
             f"steps Keras replaces by 1. {out}."
         )
+    if type(layer).__module__.startswith("keras."):
+        return f"there is no integer form of {kind}. {out}."
     return (
         f"there is no integer form of {kind}, and it cannot be taken apart: "
         f"{graphs.why_kept(layer, function)}. {out}, or build the model from the layers that "
