@@ -40,6 +40,11 @@ def constructor_arguments(layer: keras.Layer) -> dict | None:
     return dict(noted.config) if noted is not None else None
 
 
+def operation_of(tensor) -> keras.Operation:
+    """Returns the layer or operator whose call in a graph returned a symbolic tensor."""
+    return tensor._keras_history.operation
+
+
 def mask_of(x):
     """Returns the mask that Keras has noted on a tensor, symbolic or not, or `None`."""
     return _private("keras.src.backend", "get_keras_mask")(x)

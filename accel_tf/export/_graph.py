@@ -6,9 +6,9 @@ import re
 
 import keras
 import tensorflow as tf
-from keras.src.models.functional import Functional  # Keras exports no public name for it.
 from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
+from accel_tf import _keras
 from accel_tf import layers as graphs
 from accel_tf.quantization import QuantizedLayer
 from accel_tf.quantization._checks import require_finite
@@ -290,7 +290,7 @@ def input_names(model) -> list[str]:
 
 def output_keys(model) -> list[str] | None:
     """Returns the keys of a dictionary of outputs in the order of the graph's, else `None`."""
-    structure = model.output if isinstance(model, Functional) else None
+    structure = model.output if isinstance(model, graphs.Functional) else None
     if not isinstance(structure, dict) or any(map(keras.tree.is_nested, structure.values())):
         return None
     places = keras.tree.pack_sequence_as(structure, range(len(structure)))
@@ -301,7 +301,7 @@ def output_names(model) -> list[str]:
     """Returns the names of a model's outputs: its keys, or those of the layers that make them."""
     if keys := output_keys(model):
         return keys
-    names = [tensor._keras_history.operation.name for tensor in model.outputs]
+    names = [_keras.operation_of(tensor).name for tensor in model.outputs]
     return [n if names.count(n) == 1 else f"{n}_{i}" for i, n in enumerate(names)]
 
 
